@@ -299,7 +299,7 @@ class SupportsNotes(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What could not be compiled or captured and why, a sentence each; grows in the first steps."""
+        """What could not be compiled, captured or kept as asked and why, a sentence each; may grow."""
 
 
 @runtime_checkable

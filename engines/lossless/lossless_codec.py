@@ -23,7 +23,8 @@ An *escape* is a weight whose exponent is no code's: its place, 4 x lane + row, 
 order. Escapes of a tile beyond 5 lie in the last words of the matrix's tiles, from the
 one on that the tile names: each has room for one.
 Weights of a normal distribution have 0.2 to 0.3 escapes a tile, those of trained models about 1. A matrix
-with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so.
+with more than there is room for, 5 a tile and then 1 more a tile in all, cannot be kept so: it stays whole,
+from the start or from the update on that made it so (`engines.lossless.whole_matrices`).
 
 Bits depend on the weights alone: the base is the one with the fewest escapes, or the one below the largest
 exponent where that has 5 or fewer.
@@ -76,37 +77,32 @@ def _parts(tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def write_tiles(weights: Tensor, tiles: Tensor) -> Tensor:
     """Write the bits of bf16 `weights` (n,) to `tiles`, (bytes,) on the same device.
 
-    Returns whether all of them found room, () bool on that device; else the tiles are of no use.
+    Returns whether all of them found room, () bool on that device; if not, `tiles` are what they were.
     """
-    tables = tiles.view(-1, TILE_BYTES)
-    _, _, words = _parts(tables)
+    made = torch.empty_like(tiles).view(-1, TILE_BYTES)
+    _, _, words = _parts(made)
     late: list[Tensor] = []
-    for first in range(0, len(tables), _CHUNK_TILES):
-        here = tables[first : first + _CHUNK_TILES]
+    for first in range(0, len(made), _CHUNK_TILES):
+        here = made[first : first + _CHUNK_TILES]
         start = first * TILE_ELEMENTS
         late.append(_encode_tiles(weights[start : start + len(here) * TILE_ELEMENTS], here))
-    return place_others(words, torch.cat(late))
-
-
-def place_others(words: Tensor, others: Tensor) -> Tensor:
-    """Tell tiles where their escapes beyond the fifth are, and put those, (n,) int32 in order, there."""
-    has_room = find_places(words)
-    kept = others[: len(words)]
-    words[: len(kept), ROOM] = kept
+    ends, has_room = find_places(words[:, HEADER])
+    words[:, ELSEWHERE] = ends - _num_others(words[:, HEADER])
+    others = torch.cat(late)[: len(words)]
+    words[: len(others), ROOM] = others
+    tiles.copy_(torch.where(has_room, made.view(-1), tiles))
     return has_room
 
 
-def find_places(words: Tensor) -> Tensor:
-    """Give each tile of a matrix, whose headers are in `words` (tiles, 8), room for its escapes beyond the
-    fifth. Returns whether there is enough, () bool; if not, no tile has any escapes."""
-    header = words[:, HEADER]
-    more = (num_escapes(header) - OWN_ESCAPES).clamp_(min=0)
-    ends = more.cumsum(0)
-    words[:, ELSEWHERE] = ends - more
-    has_room = ends[-1] <= len(words)
-    # HAZARD: whoever reads the tiles all the same must not read past their end.
-    header.copy_(torch.where(has_room, header, header & 0xFF))
-    return has_room
+def find_places(headers: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the escapes beyond the fifth of each tile end among those of all, (tiles,) int32, by the headers
+    of a matrix; and whether there is room for so many, () bool."""
+    ends = _num_others(headers).cumsum(0, dtype=torch.int32)
+    return ends, ends[-1] <= len(headers)
+
+
+def _num_others(headers: Tensor) -> Tensor:
+    return (num_escapes(headers) - OWN_ESCAPES).clamp_(min=0)
 
 
 def _encode_tiles(weights: Tensor, tables: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def decode_lossless(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor
 
 def encode_lossless(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
     """Write the matrices in `weights`, flat memory in bf16 that is laid out as `segment` says, to tiles
-    (bytes); whether all of them found room, () bool on the same device."""
+    (bytes). Whether each found room, (matrices,) bool on the same device; the tiles of one that did not are
+    what they were."""
     if kept.is_cuda and triton_launch.has_triton():
         from engines.lossless import lossless_pass_kernels
 
@@ -65,4 +66,4 @@ def encode_lossless(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
         lossless_codec.write_tiles(weights[here], mine)
         for mine, _, here in lossless_codec.matrices(kept, segment)
     ]
-    return torch.stack(found).all()
+    return torch.stack(found)

@@ -22,7 +22,7 @@ from torch import Tensor
 from engines.costs.quantized import LOSSLESS_WORDS, TILE_ELEMENTS
 from engines.kernels.triton_launch import launch
 from engines.lossless import lossless_codec
-from engines.lossless.lossless_codec import CODES_BYTES, TILE_BYTES, find_places
+from engines.lossless.lossless_codec import CODES_BYTES, TILE_BYTES
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import Outputs, Visit
@@ -290,30 +290,25 @@ def _code(bits, base):
 
 
 @triton.jit
-def _put(words, matrix, place, bits, escapes, rank, num_tiles, OTHERS: tl.constexpr):
-    """Write the escapes of one row: those in the tile or, with `OTHERS`, those that are elsewhere."""
+def _put(words, matrix, place, bits, escapes, rank, elsewhere):
+    """Write the escapes of one row: the first of a tile in it, the others from `elsewhere` on."""
     entry = (place << 16) | bits
-    if OTHERS:
-        at = tl.load(words + _ELSEWHERE) + rank - _OWN
-        there = (escapes > 0) & (rank >= _OWN) & (at < num_tiles)
-        tl.store(matrix + at.to(tl.int64) * _STRIDE + _ROOM, entry, mask=there)
-    else:
-        tl.store(words + _ESCAPES + rank, entry, mask=(escapes > 0) & (rank < _OWN))
+    tl.store(words + _ESCAPES + rank, entry, mask=(escapes > 0) & (rank < _OWN))
+    at = elsewhere + rank - _OWN
+    tl.store(matrix + at.to(tl.int64) * _STRIDE + _ROOM, entry, mask=(escapes > 0) & (rank >= _OWN))
 
 
 @triton.jit
-def _put_escapes(
-    words, matrix, lane, b0, b1, b2, b3, base, num_tiles, OTHERS: tl.constexpr
-):  # fmt: skip
+def _put_escapes(words, matrix, lane, b0, b1, b2, b3, base, elsewhere):
     """In the order of their places."""
     x0, x1, x2, x3 = _is_escape(b0, base), _is_escape(b1, base), _is_escape(b2, base), _is_escape(b3, base)
     mine = x0 + x1 + x2 + x3
     rank = tl.cumsum(mine, 0) - mine
     here = lane * 4
-    _put(words, matrix, here, b0, x0, rank, num_tiles, OTHERS)
-    _put(words, matrix, here + 1, b1, x1, rank + x0, num_tiles, OTHERS)
-    _put(words, matrix, here + 2, b2, x2, rank + x0 + x1, num_tiles, OTHERS)
-    _put(words, matrix, here + 3, b3, x3, rank + x0 + x1 + x2, num_tiles, OTHERS)
+    _put(words, matrix, here, b0, x0, rank, elsewhere)
+    _put(words, matrix, here + 1, b1, x1, rank + x0, elsewhere)
+    _put(words, matrix, here + 2, b2, x2, rank + x0 + x1, elsewhere)
+    _put(words, matrix, here + 3, b3, x3, rank + x0 + x1 + x2, elsewhere)
 
 
 @triton.jit
@@ -328,12 +323,10 @@ def _weights(weights, tile, count, lane):
 
 
 @triton.jit
-def _encode_kernel(weights, codes, words, count):
-    """All of a tile but where its other escapes are, and its word of room for others. `weights` (int16),
-    `codes` and `words` as for `_visit_kernel`."""
+def _choose_kernel(weights, headers, count):
+    """Base and number of escapes of a tile, as its header has them. `weights` are int16."""
     tile = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, _LANES)
-    b0, b1, b2, b3 = _weights(weights, tile, count, lane)
+    b0, b1, b2, b3 = _weights(weights, tile, count, tl.arange(0, _LANES))
     top = _largest_below(b0, b1, b2, b3, 256)
     base = _base_below(top)
     fewest = _num_escapes(b0, b1, b2, b3, base)
@@ -344,33 +337,40 @@ def _encode_kernel(weights, codes, words, count):
             escapes = tl.where(top > 0, _num_escapes(b0, b1, b2, b3, other), _TILE + 1)
             base = tl.where(escapes < fewest, other, base)
             fewest = tl.minimum(escapes, fewest)
-    all_codes = _code(b0, base) | (_code(b1, base) << 4) | (_code(b2, base) << 8) | (_code(b3, base) << 12)
-    first = b0 & 0x807F | (b1 & 0x807F) << 16
-    second = (b2 & 0x807F | (b3 & 0x807F) << 16).to(tl.uint32)
-    rests = first.to(tl.uint32) | (second << 8) | (second >> 24)
-    mine = words + tile * _STRIDE
-    tl.store(codes + tile * _CODE_STRIDE + lane, all_codes.to(tl.int16))
-    rests = rests.to(tl.int32, bitcast=True)
-    tl.store(mine + _RESTS + lane, rests)
-    mine += _WORDS
-    header = base | (fewest << 8)
-    tl.store(mine, header | (_check(all_codes, rests, header) << 20))
-    word = tl.arange(0, 8)
-    tl.store(mine + word, word * 0, mask=word >= tl.minimum(fewest, _OWN) + _ESCAPES)
-    if fewest > 0:
-        _put_escapes(mine, words, lane, b0, b1, b2, b3, base, 0, False)
+    tl.store(headers + tile, base | (fewest << 8))
 
 
 @triton.jit
-def _others_kernel(weights, words, count, num_tiles):
-    """Escapes beyond the fifth of each tile, which `lossless_codec.find_places` has given places."""
+def _encode_kernel(weights, codes, words, headers, ends, count, num_tiles):
+    """A tile, if all of its matrix find room: `ends` are from `lossless_codec.find_places`. `codes` and
+    `words` as for `_visit_kernel`."""
     tile = tl.program_id(0).to(tl.int64)
-    mine = words + tile * _STRIDE + _WORDS
-    header = tl.load(mine)
-    if _num_escapes_of(header) > _OWN:
+    num_elsewhere = tl.load(ends + num_tiles - 1)
+    if num_elsewhere <= num_tiles:
+        header = tl.load(headers + tile)
+        base, fewest = header & 0xFF, _num_escapes_of(header)
         lane = tl.arange(0, _LANES)
         b0, b1, b2, b3 = _weights(weights, tile, count, lane)
-        _put_escapes(mine, words + _WORDS, lane, b0, b1, b2, b3, header & 0xFF, num_tiles, True)
+        all_codes = (
+            _code(b0, base) | (_code(b1, base) << 4) | (_code(b2, base) << 8) | (_code(b3, base) << 12)
+        )
+        first = b0 & 0x807F | (b1 & 0x807F) << 16
+        second = (b2 & 0x807F | (b3 & 0x807F) << 16).to(tl.uint32)
+        rests = first.to(tl.uint32) | (second << 8) | (second >> 24)
+        mine = words + tile * _STRIDE
+        tl.store(codes + tile * _CODE_STRIDE + lane, all_codes.to(tl.int16))
+        rests = rests.to(tl.int32, bitcast=True)
+        tl.store(mine + _RESTS + lane, rests)
+        mine += _WORDS
+        tl.store(mine, header | (_check(all_codes, rests, header) << 20))
+        elsewhere = tl.load(ends + tile) - tl.maximum(fewest - _OWN, 0)
+        tl.store(mine + _ELSEWHERE, elsewhere)
+        word = tl.arange(0, 8)
+        unused = (word >= tl.minimum(fewest, _OWN) + _ESCAPES) & (word < _ELSEWHERE)
+        # The room of the first tiles has escapes of others, which write them.
+        tl.store(mine + word, word * 0, mask=unused | ((word == _ROOM) & (tile >= num_elsewhere)))
+        if fewest > 0:
+            _put_escapes(mine, words + _WORDS, lane, b0, b1, b2, b3, base, elsewhere)
 
 
 def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> None:
@@ -410,13 +410,17 @@ def decode_lossless(kept: Tensor, segment: Segment, out: Tensor, damaged: Tensor
 def encode_lossless(weights: Tensor, segment: Segment, kept: Tensor) -> Tensor:
     """The kernels of `lossless_pass.encode_lossless`, with the same arguments."""
     found = [_encode_matrix(weights[here], mine) for mine, _, here in lossless_codec.matrices(kept, segment)]
-    return torch.stack(found).all()
+    return torch.stack(found)
 
 
 def _encode_matrix(weights: Tensor, kept: Tensor) -> Tensor:
     bits, codes, words = weights.view(torch.int16), kept.view(torch.int16), kept.view(torch.int32)
-    num_tiles = kept.numel() // TILE_BYTES
-    launch(_encode_kernel, (num_tiles,), bits, codes, words, weights.numel(), num_warps=NUM_WARPS)
-    has_room = find_places(words.view(num_tiles, -1)[:, -LOSSLESS_WORDS:])
-    launch(_others_kernel, (num_tiles,), bits, words, weights.numel(), num_tiles, num_warps=NUM_WARPS)
+    count, num_tiles = weights.numel(), kept.numel() // TILE_BYTES
+    headers = torch.empty(num_tiles, dtype=torch.int32, device=kept.device)
+    launch(_choose_kernel, (num_tiles,), bits, headers, count, num_warps=NUM_WARPS)
+    ends, has_room = lossless_codec.find_places(headers)
+    launch(
+        _encode_kernel, (num_tiles,), bits, codes, words, headers, ends, count, num_tiles,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return has_room

@@ -28,6 +28,7 @@ This is the oracle of `engines.methods.zo2`, which gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class GpuBlocks:
 
     pinned_bytes = 0
     on_disk: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -181,6 +183,9 @@ class GpuBlocks:
             for flat, segment in runs if updates.num_deferred(index) else ():
                 weight_pass.visit(flat, segment, updates.lacking(index), Outputs(theta=flat))
         updates.mark_all_applied()
+
+    def at_rest(self, block: int) -> AbstractContextManager[Tensor]:
+        return nullcontext(self._memory[block])
 
     def stored(self, block: int, last_step: int) -> Tensor:
         return self._memory[block]

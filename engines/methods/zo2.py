@@ -31,9 +31,9 @@ Events order the streams; the host waits once per step, to read the two losses. 
 on over the loss, as far as the ring has room.
 
 With a lossless `base` the blocks' matrices are kept and copied as in `engines.lossless.lossless_codec`, to
-the bit. With a low-bit one they are as in `engines.quantized.codec`, approximately; their updates are
-deferred exactly and join them at the times of `engines.zeroth_order.deferred_updates`, wherever they are
-kept.
+the bit, but for those that found no room there (`engines.lossless.whole_matrices`). With a low-bit one they
+are as in `engines.quantized.codec`, approximately; their updates are deferred exactly and join them at the
+times of `engines.zeroth_order.deferred_updates`, wherever they are kept.
 
 With `hidden_states=host` those of the step's passes wait in pinned host memory, but for the first 256 MB
 (`engines.model.waiting_states`): a step of tens of queries has as many of them.
@@ -54,6 +54,7 @@ Longer than 400 lines: where blocks lie and what is done with them there is one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ from torch import Tensor
 from engines.base import Blueprint, Context
 from engines.costs.mezo import hidden_state_bytes, num_probes
 from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, resident_indices
+from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
 from engines.offload.disk import DiskBlocks, spill_folder
@@ -159,6 +161,8 @@ class StreamedBlocks:
         """Raises `InfeasiblePlan` if the disk is too small."""
         self._model = model
         self.link = self._copies.link(self._delays[0])
+        streamed = frozenset(range(len(self._forms))) - self._resident
+        model.scratch.whole = WholeMatrices(self.link.device, self.link, streamed)
         if self.on_disk:
             self.disk = self._make_disk(blueprint)
         if self._settings.hidden_states == "host":
@@ -225,6 +229,12 @@ class StreamedBlocks:
         return sorted(self.on_disk & changed)
 
     @property
+    def shared(self) -> frozenset[int]:
+        if self._ring.shared is None:
+            return frozenset()
+        return frozenset(range(len(self._forms))) - self._resident - self.on_disk
+
+    @property
     def _ring(self) -> BlockStream:
         assert self.stream is not None
         return self.stream
@@ -232,7 +242,7 @@ class StreamedBlocks:
     @property
     def pinned_bytes(self) -> int:
         waiting = self.states.pinned_bytes if isinstance(self.states, WaitingStates) else 0
-        return self._ring.pinned_bytes + waiting
+        return self._ring.pinned_bytes + waiting + self._model.scratch.whole.pinned_bytes
 
     def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
         """Write every block to where it lives, but those that a file of the model's own holds; with a GPU
@@ -446,6 +456,11 @@ class StreamedBlocks:
         self._ring.end_pass()
         return True
 
+    def at_rest(self, block: int) -> AbstractContextManager[Tensor]:
+        if block in self.on_disk:
+            return self._ring.fetched(block, write_back=False)
+        return nullcontext(self._ring.at_rest(block))
+
     def stored(self, block: int, last_step: int) -> Tensor:
         if block in self.on_disk:
             return self._up_to_date(block, last_step)
@@ -514,6 +529,7 @@ class StreamedBlocks:
     def close(self) -> None:
         if self.stream is not None:
             self.synchronize()
+            self._model.scratch.whole.clear()
             self.stream.close()
         if isinstance(self.states, WaitingStates):
             self.states.close()

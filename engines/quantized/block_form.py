@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from engines.costs.quantized import matrix_bytes, tile_bytes
 from engines.errors import UserError
 from engines.lossless import lossless_pass
+from engines.lossless.whole_matrices import WholeMatrix
 from engines.model.flat_layout import BlockLayout, Part
 from engines.noise import visits, weight_pass
 from engines.noise.visits import Visit
@@ -113,14 +114,19 @@ class BlockForm:
                 crowded.append(part.names[0])
         return crowded
 
-    def plain(self, memory: Tensor, how: Visit, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def plain(
+        self, memory: Tensor, how: Visit, device: torch.device, whole: Mapping[int, WholeMatrix]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Each own tensor with the deferred updates of `how`, of the full dtype, on `device`; `memory` stays
-        as it is."""
+        as it is. The parts in `whole` are out of it."""
         for index, part in enumerate(self.layout.own_parts):
             kept = self.part(memory, index).to(device)
             mine = how if part.trained else replace(how, first=how.last)
             out = torch.empty(part.size, dtype=self.dtype, device=device)
-            if self.in_tiles(part) and self.base == "lossless":
+            in_tiles = self.in_tiles(part) and index not in whole
+            if index in whole:
+                kept, mine = whole[index].weights.to(device), whole[index].lacking(mine)
+            if in_tiles and self.base == "lossless":
                 if mine.first < mine.last:
                     lossless_pass.visit_lossless(kept, part.segment, mine, visits.Outputs(theta=out))
                 else:
@@ -128,7 +134,7 @@ class BlockForm:
                     lossless_pass.decode_lossless(kept, part.segment, out, damaged)
                     if damaged:
                         raise damaged_tiles()
-            elif self.in_tiles(part):
+            elif in_tiles:
                 visit_tiles(kept, part.segment, mine, self.base, store=False, sides=(out,))
             elif mine.first < mine.last:
                 weight_pass.visit(kept, part.segment, mine, visits.Outputs(theta=out))

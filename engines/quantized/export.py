@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engines.costs.quantized import TILE_ELEMENTS, tile_bytes
+from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.flat_layout import ModelLayout
 from engines.noise.tiles import one
 from engines.noise.visits import Visit
@@ -26,10 +27,12 @@ def plain_weights(
     memory: Callable[[int], Tensor],
     how: Callable[[int], Visit],
     device: torch.device,
+    whole: WholeMatrices,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in the model's order, of the full dtype, on the host, with its deferred updates (`how`).
 
-    `memory` gives a block's bytes; they are not written. Made on `device`, block by block.
+    `memory` gives a block's bytes, which the matrices in `whole` are out of; they are not written. Made on
+    `device`, block by block.
     """
     homes = {
         name: index
@@ -44,7 +47,7 @@ def plain_weights(
             continue
         if name not in made:
             index = homes[name]
-            plain = forms[index].plain(memory(index), how(index), device)
+            plain = forms[index].plain(memory(index), how(index), device, whole.of_block(index))
             made = {each: weight.cpu() for each, weight in plain}
         yield name, made[name]
 

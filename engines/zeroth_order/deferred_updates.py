@@ -69,7 +69,7 @@ class DeferredUpdates:
 
     def lacking(self, block: int) -> Visit:
         """All deferred updates of `block`."""
-        return self._visit(self.log.length - self.num_deferred(block))
+        return self._visit(self.num_applied(block))
 
     def _visit(self, first: int) -> Visit:
         settings = self._settings
@@ -82,6 +82,10 @@ class DeferredUpdates:
 
     def num_deferred(self, block: int) -> int:
         return self.log.length - self._applied[block] if block in self.trained else 0
+
+    def num_applied(self, block: int) -> int:
+        """Position of the first update that it lacks."""
+        return self.log.length - self.num_deferred(block)
 
     def most_deferred(self, blocks: Iterable[int]) -> int:
         return max((self.num_deferred(block) for block in blocks), default=0)

@@ -7,14 +7,14 @@ Longer than 400 lines: a visit of weights in any form is one thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from engines.costs.quantized import matrix_bytes
-from engines.errors import UserError
 from engines.lossless import lossless_pass
+from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.flat_layout import ModelLayout
 from engines.noise import weight_pass
 from engines.noise.tiles import Segment
@@ -27,6 +27,19 @@ from engines.zeroth_order.units import ModuleUnit
 
 SCRATCH_ALIGNMENT_BYTES = 512
 """As torch's allocator aligns. Matrix libraries choose kernels by alignment, and bits follow the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A matrix that was written to lossless tiles, if it found room there."""
+
+    block: int
+    part: int
+    first: int
+    last: int
+    """Positions in the log of the updates that it took with that."""
+    has_room: Tensor
+    """() bool on the device."""
 
 
 class BlockScratch:
@@ -45,11 +58,11 @@ class BlockScratch:
         self._layout = layout
         self._forms = forms
         self._base = forms[0].base
-        self._has_room: Tensor | None = None
-        """Whether all weights that were stored found room in lossless tiles, () bool on the device; `None`:
-        none were."""
-        self._damaged = torch.zeros(1, dtype=torch.int32, device=device)
-        """1: lossless tiles were not what was written."""
+        self.whole = WholeMatrices(device)
+        self._stored: dict[tuple[int, int], Stored] = {}
+        """Of which it is not known yet whether they found room."""
+        self.damaged = torch.zeros(1, dtype=torch.int32, device=device)
+        """1: lossless tiles that were read since the start were not what was written."""
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -85,23 +98,46 @@ class BlockScratch:
         """Other matrices than before are in tiles."""
         self._forms = forms
 
-    def check_tiles(self) -> None:
-        """With a lossless base, waits for the device.
+    @property
+    def has_stored(self) -> bool:
+        """Whether `without_room` has something to tell."""
+        return bool(self._stored)
 
-        Raises `UserError` where weights that were stored found no room in their tiles, or frozen ones that
-        were read are not what was stored.
+    def without_room(self) -> list[Stored]:
+        """Matrices that were written to lossless tiles and found no room there. Waits for the device.
+
+        `make_whole` follows for each. Raises `UserError` where frozen weights that were read are not what was
+        stored.
         """
         if self._base != "lossless":
-            return
-        found, self._has_room = self._has_room, None
-        if found is not None and not found:
-            raise UserError(
-                "base=lossless",
-                "an update made weights that it has no room for, of sizes too far apart",
-                "go on from the last checkpoint with base=full",
-            )
-        if self._damaged:
+            return []
+        if self.damaged:
             raise damaged_tiles()
+        stored, self._stored = list(self._stored.values()), {}
+        if not stored:
+            return []
+        found = torch.stack([each.has_room for each in stored]).tolist()
+        return [each for each, has_room in zip(stored, found, strict=True) if not has_room]
+
+    def make_whole(self, stored: Stored, tiles: Tensor, how: Visit) -> None:
+        """From now on a matrix is out of its tiles, which were left as they are: `how`, of any updates, says
+        of which log those are that it was to take."""
+        how = replace(how, first=stored.first, last=stored.last)
+        part = self._layout.blocks[stored.block].parts[stored.part]
+        buffer = self._buffer_of(stored.block, stored.part)
+        self._clock.start()
+        lossless_pass.visit_lossless(tiles.to(self._device), part.segment, how, Outputs(theta=buffer))
+        self._clock.stop()
+        self.whole.add(stored.block, stored.part, buffer, how.last)
+
+    def _is_whole(self, index: int, tiles: Tensor) -> bool:
+        """Whether a matrix of the block is out of its lossless tiles. If they were written and are read again
+        before `without_room`, the device is waited for."""
+        stored = self._stored.pop((self._block, index), None)
+        if stored is not None and not stored.has_room:
+            assert self._task is not None
+            self.make_whole(stored, tiles, self._task.how)
+        return (self._block, index) in self.whole
 
     def take_form(self, *, whole: bool, sides: int) -> None:
         """Memory for one unit at a time, or, for several micro-batches in one visit, for a whole block; on
@@ -192,9 +228,10 @@ class BlockScratch:
             self._store_roundings(weight, part.segment, trained=part.trained)
             if part.trained and self._task.store and self._task.how.last > self._task.how.first:
                 if weight.dtype == torch.uint8 and self._base == "lossless":
-                    buffer = self._buffer_of(index)
-                    lossless_pass.visit_lossless(weight, part.segment, self._task.how, Outputs(theta=buffer))
-                    self._encode(buffer, part.segment, weight)
+                    buffer, alone = self._buffer_of(self._block, index), range(index, index + 1)
+                    self._write_lossless(
+                        weight, alone, part.segment, self._task.how, (buffer,), store=True, perturb=False
+                    )
                 elif weight.dtype == torch.uint8:
                     quantized_pass.visit_tiles(weight, part.segment, self._task.how, self._base, store=True)
                 else:
@@ -263,16 +300,21 @@ class BlockScratch:
         assert self._source is not None
         assert task is not None
         tiles = self._source.take(self._block, first, last)
-        begin = 0
-        for index in range(first, last):
-            size = matrix_bytes(layout.parts[index].size, self._base)
-            self._fold(index, tiles[begin : begin + size])
-            begin += size
+        sizes = [matrix_bytes(part.size, self._base) for part in layout.parts[first:last]]
+        each = dict(zip(range(first, last), torch.split(tiles, sizes), strict=True))
+        if self._base == "lossless" and any(self._is_whole(*one) for one in each.items()):
+            for index in each:
+                self._make(index)
+            return
+        for index, mine in each.items():
+            self._fold(index, mine)
         start, stop = layout.parts[first].start, layout.parts[last - 1].start + layout.parts[last - 1].size
         segment, trained = self._segment(self._block, first, last), layout.parts[first].trained
         self._store_roundings(tiles, segment, trained=trained)
         buffers = [memory[start:stop] for memory in self._memory]
-        self._write_tiles(tiles, segment, task.how, buffers, trained=trained, store=task.store)
+        self._write_tiles(
+            tiles, range(first, last), segment, task.how, buffers, trained=trained, store=task.store
+        )
         self._source.done(self._block, first, last)
         self._made.update(range(first, last))
         self._seen.update(range(first, last))
@@ -291,10 +333,7 @@ class BlockScratch:
         self._clock.start()
         window, seed = self._task.ends_window, self._task.how.seed
         if weight.dtype == torch.uint8 and self._base == "lossless":
-            buffer = self._buffer_of(index)
-            lossless_pass.decode_lossless(weight, part.segment, buffer, self._damaged)
-            self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
-            self._encode(buffer, part.segment, weight)
+            self._fold_lossless(index, weight, window, seed)
         else:
             for name, offset, count in zip(
                 part.names, part.segment.offsets, part.segment.counts, strict=True
@@ -302,6 +341,22 @@ class BlockScratch:
                 kept = weight if weight.dtype == torch.uint8 else weight[offset : offset + count]
                 self.fold(name, kept, window, seed)
         self._clock.stop()
+
+    def _fold_lossless(self, index: int, tiles: Tensor, window: int, seed: int) -> None:
+        part = self._layout.blocks[self._block].parts[index]
+        buffer = self._buffer_of(self._block, index)
+        is_whole = self._is_whole(index, tiles)
+        if is_whole:
+            self.whole.read(self._block, index, buffer)
+        else:
+            lossless_pass.decode_lossless(tiles, part.segment, buffer, self.damaged)
+        assert self.fold is not None
+        self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
+        if is_whole:
+            self.whole.store(self._block, index, buffer, 0)
+        elif not lossless_pass.encode_lossless(buffer, part.segment, tiles):
+            # What the window has gathered is gone by the time that the host would else know.
+            self.whole.add(self._block, index, buffer, 0)
 
     def _make(self, index: int) -> None:
         task, source = self._task, self._source
@@ -320,7 +375,8 @@ class BlockScratch:
             elif store:  # a module that is called twice in a visit
                 how, store = without_updates(how), False
         if weight.dtype == torch.uint8:
-            self._write_tiles(weight, part.segment, how, buffers, trained=part.trained, store=store)
+            alone = range(index, index + 1)
+            self._write_tiles(weight, alone, part.segment, how, buffers, trained=part.trained, store=store)
         else:
             self._write(weight, part.segment, how, buffers, trained=part.trained, store=store)
         if not part.shared and index not in self._seen:
@@ -361,6 +417,7 @@ class BlockScratch:
     def _write_tiles(
         self,
         tiles: Tensor,
+        indexes: range,
         segment: Segment,
         how: Visit,
         buffers: Sequence[Tensor],
@@ -368,7 +425,8 @@ class BlockScratch:
         trained: bool,
         store: bool,
     ) -> None:
-        """Make the perturbed weights of matrices in tiles, and store their update if `store`."""
+        """Make the perturbed weights of matrices in tiles, parts `indexes`, and store their update if
+        `store`."""
         assert self._task is not None
         self._clock.start()
         if not trained:
@@ -376,7 +434,7 @@ class BlockScratch:
         perturb = trained and self._task.perturb
         sides = buffers if perturb and not self._task.plus_only else buffers[:1]
         if self._base == "lossless":
-            self._write_lossless(tiles, segment, how, sides, store=store, perturb=perturb)
+            self._write_lossless(tiles, indexes, segment, how, sides, store=store, perturb=perturb)
         else:
             quantized_pass.visit_tiles(
                 tiles, segment, how, self._base, store=store, sides=sides, perturb=perturb
@@ -386,6 +444,7 @@ class BlockScratch:
     def _write_lossless(
         self,
         tiles: Tensor,
+        indexes: range,
         segment: Segment,
         how: Visit,
         sides: Sequence[Tensor],
@@ -393,30 +452,39 @@ class BlockScratch:
         store: bool,
         perturb: bool,
     ) -> None:
-        """Theta is made in the buffer of the plus side where it is to be stored, and perturbed there."""
+        """Theta is made in the buffer of the plus side where it is to be stored, and perturbed there. Of
+        several matrices all are in their tiles."""
         plus, minus = sides[0], sides[1] if len(sides) > 1 else None
-        stores = store and how.first < how.last
-        if stores:
-            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
-            self._encode(plus, segment, tiles)
+        both = Outputs(plus=plus, minus=minus)
+        if len(indexes) == 1 and self._is_whole(indexes[0], tiles):
+            how = self.whole[self._block, indexes[0]].lacking(how)
+            self.whole.read(self._block, indexes[0], plus)
+            if how.first < how.last:
+                weight_pass.visit(plus, segment, how, Outputs(theta=plus))
+                if store:
+                    self.whole.store(self._block, indexes[0], plus, how.last)
             if perturb:
-                weight_pass.visit(plus, segment, without_updates(how), Outputs(plus=plus, minus=minus))
+                weight_pass.visit(plus, segment, without_updates(how), both)
+        elif store and how.first < how.last:
+            lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
+            found = lossless_pass.encode_lossless(plus, segment, tiles)
+            for index, has_room in zip(indexes, found, strict=True):
+                of = Stored(self._block, index, how.first, how.last, has_room)
+                self._stored[self._block, index] = of
+            if perturb:
+                weight_pass.visit(plus, segment, without_updates(how), both)
         elif perturb:
-            lossless_pass.visit_lossless(tiles, segment, how, Outputs(plus=plus, minus=minus))
+            lossless_pass.visit_lossless(tiles, segment, how, both)
         elif how.first < how.last:
             lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
         else:
-            lossless_pass.decode_lossless(tiles, segment, plus, self._damaged)
+            lossless_pass.decode_lossless(tiles, segment, plus, self.damaged)
 
-    def _encode(self, weights: Tensor, segment: Segment, tiles: Tensor) -> None:
-        has_room = lossless_pass.encode_lossless(weights, segment, tiles)
-        self._has_room = has_room if self._has_room is None else self._has_room & has_room
-
-    def _buffer_of(self, index: int) -> Tensor:
-        """Memory for a part of the block, apart from what was made for others."""
-        if (self._block, index) in self._places:
-            return self._buffer(self._block, index, 0)
-        size = self._layout.blocks[self._block].parts[index].size
+    def _buffer_of(self, block: int, index: int) -> Tensor:
+        """Memory for a part of a block, apart from what was made for others."""
+        if (block, index) in self._places:
+            return self._buffer(block, index, 0)
+        size = self._layout.blocks[block].parts[index].size
         return torch.empty(size, dtype=self._dtype, device=self._device)
 
     def _store_roundings(self, weight: Tensor, segment: Segment, *, trained: bool) -> None:

@@ -17,9 +17,11 @@ Longer than 400 lines: all that is done with the weights between steps is here.
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -91,6 +93,10 @@ class BlockStore(Source, Protocol):
     """What keeps the hidden states of a step between blocks."""
 
     @property
+    def shared(self) -> frozenset[int]:
+        """Blocks that one rank writes for others."""
+
+    @property
     def pinned_bytes(self) -> int:
         """Page-locked host memory."""
 
@@ -140,6 +146,9 @@ class BlockStore(Source, Protocol):
         """Store deferred updates now, but in blocks on disk, and what the `window` has gathered. Blocks that
         ranks share are left as they are unless `by_all` ranks do it, between the same steps."""
 
+    def at_rest(self, block: int) -> AbstractContextManager[Tensor]:
+        """A block as it lies, (bytes,) uint8; not to be written. After `synchronize`, between passes."""
+
     def stored(self, block: int, last_step: int) -> Tensor:
         """A block as a visit would find it, (bytes,) uint8; not to be written. After `synchronize`."""
 
@@ -176,6 +185,8 @@ class ZerothOrder(ABC):
         self._dtype = TORCH_DTYPE[context.workload.dtype]
         self._clocks = clocks
         self._blocks: BlockStore | None = None
+        self._may_differ = False
+        """Ranks have loaded or replayed since they last made a step together."""
         self._of_examples: list[Update] = []
         """Updates of the step's examples so far."""
 
@@ -257,6 +268,9 @@ class ZerothOrder(ABC):
     @torch.no_grad()
     def step(self, batches: Sequence[Batch]) -> StepStats:
         settings, clocks, step = self.settings, self._clocks, self._updates.step
+        if self._may_differ and settings.base == "lossless":
+            self._agree_on_whole()
+        self._may_differ = False
         window = window_due(settings, step)
         earlier = self.blocks.begin_step(window)
         clocks.label("before the blocks")
@@ -288,13 +302,53 @@ class ZerothOrder(ABC):
             self.blocks.before_ranks_meet()
             losses = self._losses_of_all(each, division, [len(probe.sides) for probe in asked], step)
         told |= self.blocks.end_step()
-        self._model.scratch.check_tiles()
+        self._settle()
         updates = next_updates(step, settings, self.context.total_steps, losses)
         for update in updates:
             self._append(update)
         return StepStats(
             loss=sum(losses) / len(losses), forwards=float(settings.forward_passes), updates=updates, **told
         )
+
+    @property
+    def whole_matrices(self) -> list[str]:
+        """First names of the matrices that found no room in lossless tiles since the run began."""
+        kept = self._model.scratch.whole.items() if self._blocks is not None else ()
+        return [self._forms[block].layout.parts[part].names[0] for (block, part), _ in kept]
+
+    @property
+    def notes(self) -> list[str]:
+        """Of the run so far, for its record."""
+        names = self.whole_matrices
+        if not names:
+            return []
+        return [f"base=lossless has no room for {len(names)} matrices any more, such as '{names[0]}'"]
+
+    def _settle(self) -> None:
+        """After a pass over the blocks: matrices that an update left no room for in lossless tiles are whole
+        from now on. After the passes of a step those are the same on all ranks."""
+        scratch = self._model.scratch
+        late = scratch.without_room()
+        if late:
+            self.synchronize()
+        for each in late:
+            with self.blocks.at_rest(each.block) as memory:
+                tiles = self._forms[each.block].part(memory, each.part)
+                scratch.make_whole(each, tiles, self._updates.none())
+
+    def _agree_on_whole(self) -> None:
+        """After weights were loaded or a log was replayed: of blocks that one rank wrote for the others, that
+        rank alone knows which matrices found no room. Rank 0 hands those out."""
+        whole, world = self._model.scratch.whole, self.context.world
+        mine = [place for place, _ in whole.items() if place[0] in self.blocks.shared]
+        told = [json.loads(each) for each in world.exchange(json.dumps(mine).encode())]
+        for block, part in told[0] if any(each != told[0] for each in told) else ():
+            content = b""
+            if world.rank == 0:
+                content = whole[block, part].weights.cpu().view(torch.uint8).numpy().tobytes()
+            values = torch.frombuffer(bytearray(world.broadcast(content)), dtype=self._dtype)
+            if world.rank > 0:
+                whole.add(block, part, values.to(self.device), self._updates.num_applied(block))
 
     def _losses_of_all(
         self, own: Tensor, division: Sequence[Share], sides: Sequence[int], step: int
@@ -334,7 +388,7 @@ class ZerothOrder(ABC):
                     hidden[i] = self._model.run(index, each_calls, hidden[i])
             for each, last in zip(group, hidden, strict=True):
                 self._model.evaluate(each, last, total)
-        self._model.scratch.check_tiles()
+        self._settle()
         self.blocks.forget_times()
         return total.result()
 
@@ -342,6 +396,7 @@ class ZerothOrder(ABC):
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
         """Text from `request`, a token of every prompt at a time: `engines.zeroth_order.generation`."""
         self.blocks.apply_deferred(self._updates.step - 1)
+        self._settle()
 
         def blocks() -> Iterator[int]:
             self.blocks.begin_token()
@@ -350,7 +405,6 @@ class ZerothOrder(ABC):
         compute = self._clocks.compute
         self.blocks.begin_tokens()
         for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
-            self._model.scratch.check_tiles()
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 
@@ -370,14 +424,22 @@ class ZerothOrder(ABC):
     def _plain(self, last_step: int) -> Iterator[tuple[str, Tensor]]:
         """The model's own tensors of the full dtype, on the host, where blocks have some in tiles."""
         self.synchronize()
-        self._model.scratch.check_tiles()
+        self._settle()
+
+        def stored(index: int) -> Tensor:
+            memory = self.blocks.stored(index, last_step)
+            if self._model.scratch.has_stored:  # a block on disk, in passing
+                self._settle()
+            return memory
+
         return plain_weights(
             self._layout,
             self._forms,
             self._model.non_block,
-            lambda index: self.blocks.stored(index, last_step),
+            stored,
             lambda index: self.blocks.lacking(index, last_step),
             self.device,
+            self._model.scratch.whole,
         )
 
     @torch.no_grad()
@@ -407,8 +469,12 @@ class ZerothOrder(ABC):
                 self.blocks.make_room_in_log(window)
             if self._updates.fill_the_log(in_memory) or window is not None:
                 self.blocks.apply_deferred(update.step, window, by_all=True)
+            if self._model.scratch.has_stored:  # before the log forgets what they took
+                self._settle()
             self._append(update)
         self.blocks.apply_deferred(self._updates.step - 1, by_all=True)
+        self._settle()
+        self._may_differ = True
 
     def save(self, folder: Path) -> None:
         last_step = self._updates.step - 1
@@ -448,12 +514,16 @@ class ZerothOrder(ABC):
         self._updates.restore(checkpoint.step, checkpoint.seed, checkpoint.deferred)
         if not is_lossless:
             self.blocks.fill(read_block, anew=True)
-        elif crowded := self._fill(read, anew=True):
-            raise UserError(
-                str(folder),
-                f"base=lossless has no room for the weights of '{crowded[0]}' there",
-                "resume with base=full",
-            )
+            return
+        self._model.scratch.whole.clear()
+        self._may_differ = True
+        crowded = self._fill(read, anew=True)
+        for block, form in enumerate(self._forms):
+            for index, part in enumerate(form.layout.own_parts):
+                if part.names[0] in crowded:
+                    values = self._model.scratch.buffer(part.size)
+                    read(part.names[0], part.views(values)[part.names[0]])
+                    self._model.scratch.whole.add(block, index, values, self._updates.log.length)
 
     @property
     def _saved_base(self) -> Base:

@@ -22,6 +22,7 @@ from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
 
 WITH_GRADIENTS = "With gradients (first order), by time to the job's end"
+WITH_GRADIENTS_STEP = "With gradients (first order), by time of a step"
 WITHOUT_GRADIENTS = "Without gradients (zeroth order): a step is not worth one of those above"
 
 
@@ -35,7 +36,8 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
                 f"({answer.amount.basis})"
             )
         )
-    for order, heading in (("first", WITH_GRADIENTS), ("zeroth", WITHOUT_GRADIENTS)):
+    with_gradients = WITH_GRADIENTS_STEP if answer.amount is None else WITH_GRADIENTS
+    for order, heading in (("first", with_gradients), ("zeroth", WITHOUT_GRADIENTS)):
         plans = [plan for plan in answer.plans if entry(plan.engine).order == order]
         if plans:
             parts += [_said(heading), plans_of_kind(answer, plans)]
@@ -84,9 +86,11 @@ def _notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
 def _title(answer: Recommendation) -> str:
     job, model = answer.job, answer.model
     batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
+    gpus = job.limits.gpus * job.limits.nodes
+    several = "" if gpus == 1 else f"; on {gpus} GPUs"
     return (
         f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "
-        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}"
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}{several}"
     )
 
 
@@ -120,7 +124,8 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
             row.append(_energy(forecast))
         if paid:
             row.append("-" if forecast is None else ", ".join(map(words.money, forecast.costs)) or "-")
-        row += [format_bytes(predicted.peak_gpu_bytes)] if has_gpu else []
+        needed_bytes = predicted.needed_gpu_bytes
+        row += [format_bytes(predicted.peak_gpu_bytes if needed_bytes is None else needed_bytes)] * has_gpu
         row.append(format_bytes(predicted.peak_host_bytes))
         table.add_row(*_cells(row), translated(predicted.bottleneck or word("not known")))
     return table
@@ -180,6 +185,8 @@ def _best_cells(best: BestMethod | None, saved_s: float | None) -> list[str]:
 
 
 def _saved(seconds: float) -> str:
+    if seconds == 0:
+        return "none"
     return f"{'-' if seconds < 0 else ''}{words.duration(abs(seconds))}"
 
 

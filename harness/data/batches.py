@@ -152,7 +152,8 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
 
 
 def _prompts(job: Job, head: Head, examples: Examples, tokenizer: Tokenizer) -> tuple[TokenTable, TokenTable]:
-    check_template(job.data.template, head, is_paired=examples.is_paired)
+    columns = {name for row in examples.labelled[:1] for name in row.fields}
+    check_template(job.data.template, head, is_paired=examples.is_paired, columns=columns)
     candidates = _candidates(job, head, examples.num_labels, tokenizer)
 
     def table(rows: Sequence[LabelledExample]) -> TokenTable:

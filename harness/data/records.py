@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from harness.records.job import DataKind
@@ -16,6 +16,8 @@ class LabelledExample:
     text: str
     second: str | None = None
     """The second text of a pair; `None` in data of single texts."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Further texts of the row, by the columns that the template or the label words name."""
     label: int
     """Class, counted from 0; 0 where there is a `target`."""
     target: float | None = None

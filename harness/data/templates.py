@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from string import Formatter
 
 import torch
 
 from engines.errors import UserError
 from engines.shapes import Head
+from harness.data.fields import TEXTS, names_in_braces
 from harness.data.records import LabelledExample
 from harness.data.token_tables import TokenTable, prompt_table, shares, table_of
 from harness.models.candidates import MASK, Candidates
 from harness.models.tokenizers import Tokenizer
 
-FIELDS = ("text", "text2", "mask")
 
-
-def check_template(template: str, head: Head, *, is_paired: bool) -> None:
-    """Raises `UserError` for a template that does not say where the row's texts belong, or the mask."""
-    try:
-        named = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError("--template", f"{error}", "write {{ for a brace") from None
-    unknown = [name for name in named if name not in FIELDS]
+def check_template(template: str, head: Head, *, is_paired: bool, columns: Collection[str] = ()) -> None:
+    """Raises `UserError` for a template that does not say where the row's texts belong, or the mask. Rows
+    have `columns` beside them."""
+    named = names_in_braces(template, "--template")
+    unknown = [name for name in named if name not in TEXTS and name not in columns]
     if unknown or "text" not in named:
         why = f"{{{unknown[0]}}} is no text of a row" if unknown else "does not say where the text belongs"
         raise UserError("--template", why, "use {text}, and {text2} for the second of a pair")
@@ -39,7 +35,8 @@ def check_template(template: str, head: Head, *, is_paired: bool) -> None:
 
 def rendered(template: str, row: LabelledExample) -> str:
     """The prompt of a row. A line break is written as it is, or as backslash n."""
-    return template.replace("\\n", "\n").format(text=row.text, text2=row.second or "", mask="")
+    texts = {"text": row.text, "text2": row.second or "", "mask": ""}
+    return template.replace("\\n", "\n").format(**texts, **row.fields)
 
 
 def template_table(
@@ -55,24 +52,45 @@ def template_table(
     if candidates.of_one_token:
         answers = [[candidates.tokens[row.label]] for row in rows]
         return prompt_table(prompts, answers, tokenizer, seq_len)
-    longest, classes = max(len(word) for word in candidates.words), len(candidates.words)
-    max_tokens = seq_len - len(tokenizer.prefix) - longest
-    if max_tokens < 1:
+    words = _words_of_rows(rows, candidates, tokenizer)
+    room = [seq_len - len(tokenizer.prefix) - max(map(len, each)) for each in words]
+    if rows and min(room) < 1:
+        longest = max(len(word) for each in words for word in each)
         raise UserError(
             f"--seq-len {seq_len}", f"leaves no room beside a label of {longest} tokens", "use a larger one"
         )
     table = prompt_table(
-        [prompt[-max_tokens:] for prompt in prompts for _ in range(classes)],
-        [list(word) for _ in rows for word in candidates.words],
+        [prompt[-most:] for prompt, most, each in zip(prompts, room, words, strict=True) for _ in each],
+        [list(word) for each in words for word in each],
         tokenizer,
         seq_len,
     )
     return replace(
         table,
         classes=torch.tensor([row.label for row in rows]),
-        choices=classes,
-        cut=sum(len(prompt) > max_tokens for prompt in prompts),
+        choices=candidates.count,
+        cut=sum(len(prompt) > most for prompt, most in zip(prompts, room, strict=True)),
     )
+
+
+def _words_of_rows(
+    rows: Sequence[LabelledExample], candidates: Candidates, tokenizer: Tokenizer
+) -> list[tuple[tuple[int, ...], ...]]:
+    """The tokens of each class's word for each row. Raises `UserError` for a row with two that are alike."""
+    if not candidates.texts:
+        return [candidates.words] * len(rows)
+    count = candidates.count
+    encoded = [
+        tuple(ids)
+        for ids in tokenizer.encode([rendered(text, row) for row in rows for text in candidates.texts])
+    ]
+    found = [tuple(encoded[start : start + count]) for start in range(0, len(encoded), count)]
+    for row, words in zip(rows, found, strict=True):
+        if len(set(words)) < count or not all(words):
+            raise UserError(
+                f"--labels, {row.place}", "two words are the same to the model", "leave the row out"
+            )
+    return found
 
 
 def mask_table(

@@ -5,8 +5,8 @@ for the word, and the loss is the cross-entropy over the words of the classes al
 
 Where every word is one token, a causal model needs one sequence for each example: all other logits are
 taken away behind its output layer. Words of several tokens are counted by all of them
-(`engines.model.label_words`), with one sequence for each class. A masked model fills in one token, so its
-words are of one.
+(`engines.model.label_words`), with one sequence for each class, and so are those that name a column in
+braces, of which each row has its own. A masked model fills in one token, so its words are of one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,19 @@ MASK = "{mask}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    words: tuple[tuple[int, ...], ...]
-    """The tokens of each class's word, no two alike."""
+    words: tuple[tuple[int, ...], ...] = ()
+    """The tokens of each class's word, no two alike; empty where each row has words of its own."""
+    texts: tuple[str, ...] = ()
+    """What those are made of, such as ` {choice1}`, one for each class; empty: words are the same for all."""
+
+    @property
+    def count(self) -> int:
+        """Of the classes."""
+        return len(self.texts or self.words)
 
     @property
     def of_one_token(self) -> bool:
-        return all(len(word) == 1 for word in self.words)
+        return not self.texts and all(len(word) == 1 for word in self.words)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -51,6 +58,13 @@ def candidates_of(template: str, words: Sequence[str], tokenizer: Tokenizer, hea
     before = template.partition(MASK)[0] if head == "masked_lm" else template
     # Nobody writes a blank where the answer of a decoder belongs; in the middle of a text they do.
     blank = (" " if before[-1:] in ("", " ") else "") if head == "masked_lm" else _blank(before)
+    if any("{" in word for word in words):
+        if head == "masked_lm":
+            raise UserError(
+                f"--labels {','.join(words)}", "are texts of each row, and a mask stands for one token",
+                "use a decoder, or words that are the same for all rows",
+            )  # fmt: skip
+        return Candidates(texts=tuple(blank + word for word in words))
     encoded = [tuple(ids) for ids in tokenizer.encode([blank + word for word in words])]
     named = f"--labels {','.join(words)}"
     if len(set(encoded)) < len(words) or not all(encoded):
@@ -79,7 +93,7 @@ def let_classify(model: Any, candidates: Candidates, head: Head) -> None:
     elif candidates.of_one_token:
         restrict_logits(model, candidates.tokens)
     else:
-        classify_by_words(model, len(candidates.words))
+        classify_by_words(model, candidates.count)
 
 
 def restrict_logits(model: Any, tokens: Sequence[int]) -> None:

@@ -32,6 +32,9 @@ bytes, and with them the id and the digest, that it had before."""
 NotWhereOne = Field(exclude_if=lambda value: value == 1)
 """Likewise."""
 
+JOB_FILE = "job.toml"
+"""The file that says what is trained in a folder of results, of a training run, or beside a recipe."""
+
 Padding = Literal["seq_len", "longest"]
 
 HeadChoice = Literal["auto", "causal_lm", "masked_lm", "classification", "question_answering"]
@@ -71,9 +74,11 @@ class DataSource:
     """Go on also where more than a tenth of the records cannot be used."""
     template: Annotated[str, NotWhereEmpty] = ""
     """The prompt of a labelled row, such as `{text} It was` for a decoder and `{text} It was {mask}.` for an
-    encoder; empty: for decoders the built-in one, with a loss over the whole vocabulary."""
+    encoder, `{text2}` being the second of a pair and other names in braces columns of the file; empty: for
+    decoders the built-in one, with a loss over the whole vocabulary."""
     labels: Annotated[tuple[str, ...], NotWhereEmpty] = ()
-    """With `template`: the word for each class, in the order of the classes."""
+    """With `template`: the word for each class, in the order of the classes. `{choice1}` is each row's own,
+    out of this column."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def _train(
             if job.data.template:
                 words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
                 by_token = shape.head == "causal_lm" and words.of_one_token
-                candidates = words.tokens if by_token else range(len(words.words))
+                candidates = words.tokens if by_token else range(words.count)
         kept = out / TRACE if trace else None
         with (
             leading(job, engine_name, typed, out) as world,

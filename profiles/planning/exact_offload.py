@@ -1,4 +1,4 @@
-"""Settings of exact AdamW on the CPU: how moments are kept, and T*, above which the CPU hides. No torch."""
+"""Settings of exact AdamW on the CPU: how moments are kept, from how many tokens the CPU hides. No torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
 from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.precisions import faster_moments
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
@@ -95,12 +96,15 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     )
     if (crossover := _crossover(context, settings)) is not None:
         reasons.append(crossover)
+    faster = None if "moments" in given else faster_moments(context, settings, MOMENTS[1:])
+    if faster is not None:
+        reasons.append(faster)
     return Choice(given.completed(**chosen), tuple(reasons))
 
 
 def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
-    """T*: tokens per step from which CPU and link hide behind the GPU; `None`: there is no GPU, or the
-    profile lacks a figure."""
+    """Tokens per step from which CPU and link hide behind the GPU (T* in `engines.costs.exact_offload`);
+    `None`: there is no GPU, or the profile lacks a figure."""
     if context.machine.gpu is None:
         return None
     times = resource_s(context.cost(settings), context.machine, context.workload)
@@ -219,6 +223,6 @@ def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str 
         return None
     slowest = max(COMPETING, key=times.__getitem__)
     return (
-        f"T*: {slowest} ({format_seconds(times[slowest])}) hides behind the GPU from {crossover:,.0f} tokens "
-        f"per step on; this job has {tokens:,}"
+        f"the slowest beside the GPU, {slowest} ({format_seconds(times[slowest])}), hides behind it from "
+        f"{crossover:,.0f} tokens per step on; this job has {tokens:,}"
     )

@@ -5,6 +5,7 @@ Closed forms throughout: `profiles.planning.predict`. Sizes that are considered:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engines.costs.lsp import core_elements, core_size
@@ -14,6 +15,7 @@ from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
+from profiles.planning.precisions import faster_moments
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
 from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder
@@ -83,6 +85,9 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     settings = given.typed
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments of the subspaces in {settings.moments}")
+    elif "moments" not in given:
+        faster = faster_moments(context, given.completed(**chosen).typed, ("bf16",))
+        reasons += [each for each in (planner.larger_with_bf16(chosen) or faster,) if each is not None]
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
@@ -155,6 +160,19 @@ class _Planner:
                     f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {balance})",
                 )
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({balance})"
+
+    def larger_with_bf16(self, chosen: Mapping[str, Value]) -> str | None:
+        """What moments in bf16, which are approximate, would let hide; `None`: no larger d, or d is given."""
+        if "d" not in chosen or self.context.machine.gpu is None:
+            return None
+        other = replace(self, given=self.given.completed(moments="bf16"))
+        d, _ = other.size()
+        if d <= int(chosen["d"]):
+            return None
+        return (
+            f"not chosen unless set: moments=bf16, which is approximate, would let d={d} hide in place of "
+            f"{chosen['d']}"
+        )
 
     def _streamed_s(self, smallest: int) -> float:
         """Seconds that streaming the weights takes with the `smallest` cores; 0 where they stay."""

@@ -76,8 +76,7 @@ class _Times:
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Resident blocks, which take their copies off the link, then how often the others go down, and how many
     queries the link has time for. On several GPUs also whether they bring up shares of each block and
-    exchange them. Matrices of bf16 that are never written come up as lossless tiles where a step is then
-    faster; of others, whose updates may need more room than there is, that is only said."""
+    exchange them. Matrices of bf16 come up as lossless tiles where a step is then faster."""
     plain = _choose_for_base(context, given)
     if "base" in given or context.machine.gpu is None or context.workload.dtype != "bf16":
         return plain
@@ -91,12 +90,8 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if context.why_missing(fewer.settings.typed) is not None:
         return plain
     times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
-    if given.typed.only_reads_blocks:
-        why = f"base=lossless: the same bits in fewer bytes, {times}"
-        return Choice(fewer.settings, (why, *fewer.reasons))
-    return Choice(
-        plain.settings, (*plain.reasons, f"base=lossless would be faster, with the same bits: {times}")
-    )
+    why = f"base=lossless: the same bits in fewer bytes, {times}"
+    return Choice(fewer.settings, (why, *fewer.reasons))
 
 
 def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:

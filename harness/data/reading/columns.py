@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engines.errors import UserError
 from harness.data.reading.files import Records, listed, shortened
@@ -120,6 +120,8 @@ class Meaning:
     passed_over: Names
     was_said: bool
     """By the user, not by the names."""
+    named: Names = ()
+    """Columns that a template or its label words name, roles of their own."""
 
     def __str__(self) -> str:
         taken = ", ".join(
@@ -165,12 +167,34 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def meaning_of(name: str, records: Records, said: Mapping[str, str]) -> Meaning:
-    """What the columns of `records` are, by their names or as `said` (role -> column).
+def meaning_of(name: str, records: Records, said: Mapping[str, str], named: Names = ()) -> Meaning:
+    """What the columns of `records` are, by their names or as `said` (role -> column); `named` are those that
+    a template names.
 
-    Raises `UserError` for columns that are not understood, for what `said` names and there is not, and for
-    data that no method here learns from.
+    Raises `UserError` for columns that are not understood, for what `said` or a template names and there is
+    not, and for data that no method here learns from.
     """
+    meaning = _by_roles(name, records, said, named)
+    if meaning.kind != "labelled" or not named:
+        return meaning
+    answers = {meaning.column_of.get(role) for role in ("label", "target")}
+    for column in named:
+        flag = f"{{{shortened(column)}}} of a template or a label"
+        if column not in records.columns:
+            raise UserError(
+                flag, f"is no column of {name}, which has {listed(records.columns)}", "name one of them"
+            )
+        if column in answers:
+            raise UserError(flag, "would tell the model the answer", "leave it out")
+    return replace(
+        meaning,
+        column_of={**meaning.column_of, **{column: column for column in named}},
+        passed_over=tuple(column for column in meaning.passed_over if column not in named),
+        named=named,
+    )
+
+
+def _by_roles(name: str, records: Records, said: Mapping[str, str], named: Names) -> Meaning:
     if said:
         return _as_said(name, records, said)
     if not records.has_names:
@@ -187,7 +211,8 @@ def meaning_of(name: str, records: Records, said: Mapping[str, str]) -> Meaning:
         if any(found[role] is None for role in layout.needs):
             continue
         column_of = {role: column for role, column in found.items() if column is not None}
-        others = [column for column in records.columns if column not in column_of.values()]
+        taken = {*column_of.values(), *named}
+        others = [column for column in records.columns if column not in taken]
         strange = tuple(
             column
             for column in others

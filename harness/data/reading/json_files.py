@@ -1,4 +1,4 @@
-"""JSON: a list of records, one record a line, or SQuAD as it is published. Imports no torch."""
+"""JSON: a list of records, one record a line, or SQuAD or MultiRC as published. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ def _from_lines(name: str, text: str) -> Records:
         except (ValueError, RecursionError) as error:
             why = f"is not valid JSON ({error})"
             bad.append(BadRecord(position=number, place=f"line {number}", why=why))
+    if values and all(_is_multirc(value) for _, _, value in values):
+        return records_of("MultiRC's JSON lines", _multirc(values), bad)
     return records_of("JSON lines", values, bad)
 
 
@@ -98,6 +100,31 @@ def _whole(value: Any) -> tuple[Any, int]:
         pairs = {_whole(key)[0]: _whole(one) for key, one in value.items()}
         return {key: one for key, (one, _) in pairs.items()}, sum(count for _, count in pairs.values())
     return value, 0
+
+
+def _is_multirc(value: Any) -> bool:
+    passage = value.get("passage") if isinstance(value, dict) else None
+    return isinstance(passage, dict) and isinstance(passage.get("questions"), list)
+
+
+def _multirc(passages: Iterable[tuple[int, str, Any]]) -> Iterator[tuple[int, str, Any]]:
+    """A record for each answer, as the hub has them, but for the passage's name."""
+    position = 0
+    for _, place, value in passages:
+        passage = value["passage"]
+        for number, question in enumerate(passage["questions"], start=1):
+            asked = question if isinstance(question, dict) else {}
+            answers = asked.get("answers")
+            for count, answer in enumerate(answers if isinstance(answers, list) else [{}], start=1):
+                position += 1
+                given = answer if isinstance(answer, dict) else {}
+                record = {
+                    "passage": passage.get("text"),
+                    "question": asked.get("question"),
+                    "answer": given.get("text"),
+                    "label": given.get("label"),
+                }
+                yield position, f"{place}, question {number}, answer {count}", record
 
 
 def _squad(articles: list[dict[str, Any]]) -> Iterator[tuple[int, str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from engines.errors import UserError
+from harness.data.fields import columns_named
 from harness.data.reading import columns
 from harness.data.reading.chats import chat_example
 from harness.data.reading.delimited import is_table, read_delimited
@@ -51,7 +52,7 @@ def read_file(
         raise UserError(f"data '{source}'", "holds no record", columns.KNOWN_HELP)
     total = len(records.records) + len(records.bad)
     check_bad(source, records.bad, total, said)
-    meaning = columns.meaning_of(source, records, said.columns)
+    meaning = columns.meaning_of(source, records, said.columns, columns_named(said))
     bad = list(records.bad)
     usable = _usable_keys(records, meaning, bad)
 
@@ -172,27 +173,32 @@ def _labelled(
     paired = "text2" in meaning.column_of
     names = (file.class_names or {}).get(meaning.column_of[role])
 
-    def read(record: Record) -> tuple[str, str | None, Label]:
+    def read(record: Record) -> tuple[str, str | None, Label, Mapping[str, str]]:
         text = text_of(record.values, "text", "its text").strip()
         second = text_of(record.values, "text2", "its second text").strip() if paired else None
         label = read_label(record.values.get(role))
         if names and isinstance(label, int) and 0 <= label < len(names):
             label = names[label]
-        return text, second, label
+        fields = {name: text_of(record.values, name, f'"{name}"').strip() for name in meaning.named}
+        return text, second, label, fields
 
     rows, used = _made(records, read, bad)
     check()  # before what is left is judged as a whole
-    labels = [label for _, _, label in rows]
+    labels = [label for _, _, label, _ in rows]
     _check_columns(source, rows, used, meaning, file)
     classes = earlier
     if classes is None:
         classes = number_classes(f"data '{source}'", labels, label_ids, is_target=role == "target")
     numbered = classes
 
-    def example(pair: tuple[Record, tuple[str, str | None, Label]]) -> LabelledExample:
-        record, (text, second, label) = pair
+    def example(
+        pair: tuple[Record, tuple[str, str | None, Label, Mapping[str, str]]],
+    ) -> LabelledExample:
+        record, (text, second, label, fields) = pair
         number, target = numbered.number(label)
-        return LabelledExample(text=text, second=second, label=number, target=target, place=record.place)
+        return LabelledExample(
+            text=text, second=second, fields=fields, label=number, target=target, place=record.place
+        )
 
     made = []
     for record, row in zip(used, rows, strict=True):
@@ -205,13 +211,13 @@ def _labelled(
 
 def _check_columns(
     source: str,
-    rows: Sequence[tuple[str, str | None, Label]],
+    rows: Sequence[tuple[str, str | None, Label, Mapping[str, str]]],
     used: Sequence[Record],
     meaning: columns.Meaning,
     file: Records,
 ) -> None:
     """Refuse what looks as if columns were taken for one another, or a header for an example."""
-    if len(rows) > 1 and all(text.isdecimal() for text, _, _ in rows):
+    if len(rows) > 1 and all(text.isdecimal() for text, _, _, _ in rows):
         raise UserError(
             f"data '{source}'",
             f"its text, column '{meaning.column_of['text']}', holds numbers alone",
@@ -219,7 +225,7 @@ def _check_columns(
         )
     if file.has_names or len(rows) < 2:
         return
-    first, others = rows[0][2], [label for _, _, label in rows[1:]]
+    first, others = rows[0][2], [label for _, _, label, _ in rows[1:]]
     if not isinstance(first, str) or first in others:
         return
     numbers = not any(isinstance(label, str) for label in others)

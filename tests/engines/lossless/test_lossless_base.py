@@ -25,7 +25,6 @@ from zeroth_order_runs import (
 from engines.base import Update
 from engines.decoding import GenerationRequest
 from engines.errors import UserError
-from engines.lossless import lossless_pass
 from engines.methods.mezo import Mezo
 from engines.methods.zo2 import Zo2
 from engines.settings.parse import parse_settings
@@ -154,22 +153,6 @@ def test_a_checkpoint_is_read_by_either_base(tmp_path: Path) -> None:
         assert_same_weights(made["full"], loaded)
 
 
-def test_a_checkpoint_without_room_is_refused_in_a_line(tmp_path: Path) -> None:
-    name = "model.decoder.layers.1.fc1.weight"
-    folder = save(make_mezo(wild(tiny_blueprint("opt"), name), BF16), tmp_path / "saved")
-    with pytest.raises(UserError, match=f"no room for the weights of '{name}'.*base=full"):
-        make_mezo(tiny_blueprint("opt"), BF16, base="lossless").load(folder)
-
-
-def test_an_update_without_room_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never with other weights than they should be."""
-    lossless = make_mezo(tiny_blueprint("opt"), BF16, base="lossless")
-    lossless.step(tiny_batches(1, "opt"))
-    monkeypatch.setattr(lossless_pass, "encode_lossless", lambda *each: torch.tensor(False))
-    with pytest.raises(UserError, match=r"has no room for.*last checkpoint"):
-        lossless.step(tiny_batches(1, "opt"))
-
-
 @pytest.mark.parametrize("device", ["cpu"] + ["cuda"] * torch.cuda.is_available())
 def test_frozen_weights_that_were_damaged_end_the_step(device: str) -> None:
     """Where they lie on the host, and in an export."""
@@ -184,7 +167,8 @@ def test_frozen_weights_that_were_damaged_end_the_step(device: str) -> None:
             use()
 
     uses: list[Callable[[], object]] = [
-        lambda: damaged.step(batches), lambda: damaged.evaluate(batches), lambda: list(damaged.weights())
+        lambda: damaged.step(batches), lambda: damaged.evaluate(batches), lambda: list(damaged.weights()),
+        lambda: list(damaged.generate(GenerationRequest(prompts=((1, 2),), max_new_tokens=2))),
     ]  # fmt: skip
     for use in uses:
         with pytest.raises(UserError, match=r"are not those that were stored.*last checkpoint") as raised:

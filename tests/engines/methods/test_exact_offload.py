@@ -39,6 +39,8 @@ SETTINGS = ExactOffloadSettings(
     learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2, gradient_blocks=2
 )
 STEPS = 12
+MANY_STEPS = {False: 40, True: 1000}
+"""By whether there is a GPU."""
 FAMILIES = ["opt", "llama", "gpt2", "qwen2", "roberta", "deberta-v2"]
 BLOCKS = 5
 WEIGHTS_ON_DISK = {"weights": "streamed", "disk_weights": True}
@@ -99,6 +101,28 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
 
 def own_threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("exact-offload")]
+
+
+def late_by_chance() -> Any:
+    """For `Link`: GPU clock cycles that each copy is held up for."""
+    late = random.Random(0)
+    return lambda: late.choice((0, 0, 100_000, 2_000_000))
+
+
+def let_calls_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam, and what enqueues copies."""
+    late = random.Random(0)
+
+    def delayed(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(late.choice((0.0, 0.0, 0.002)))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(block_state, "adamw", delayed(adamw))
+    monkeypatch.setattr(Link, "upload", delayed(Link.upload))
+    monkeypatch.setattr(Link, "download", delayed(Link.download))
 
 
 class TestTwin:
@@ -269,18 +293,7 @@ class TestTwin:
         batches = tiny_batches(STEPS, "opt")
         with running("opt", offload=False, **clip) as twin:
             expected = train(twin, batches)
-        late = random.Random(0)
-
-        def delayed(function: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                time.sleep(late.choice((0.0, 0.0, 0.002)))
-                return function(*args, **kwargs)
-
-            return call
-
-        monkeypatch.setattr(block_state, "adamw", delayed(adamw))
-        monkeypatch.setattr(Link, "upload", delayed(Link.upload))
-        monkeypatch.setattr(Link, "download", delayed(Link.download))
+        let_calls_be_late(monkeypatch)
         with running("opt", **clip) as engine:
             assert_same(train(engine, batches), expected)
 
@@ -357,17 +370,45 @@ class TestTwin:
     )
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
     def test_equal_on_the_gpu_with_delayed_streams(self, dtype: Dtype, clip: dict[str, Any]) -> None:
-        """1,700 steps in all; each copy is held up by up to a millisecond."""
-        steps = 170
+        """Each copy is held up by up to a millisecond; the rate stays, so that every update shows."""
+        steps = 60
         batches = tiny_batches(2 * steps, "llama")
         ctx = context(dtype, accumulation=2, device="cuda:0")
-        with running("llama", ctx, offload=False, compile=False, **clip) as twin:
+        own: dict[str, Any] = {"compile": False, "schedule": "constant", **clip}
+        with running("llama", ctx, offload=False, **own) as twin:
             expected = train(twin, batches, 2)
-        late = random.Random(0)
-        delay = lambda: late.choice((0, 0, 100_000, 2_000_000))  # noqa: E731
-        with running("llama", ctx, delay, compile=False, **clip) as engine:
+        with running("llama", ctx, late_by_chance(), **own) as engine:
             assert engine.pinned_bytes > 0
             assert_same(train(engine, batches, 2), expected)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"},
+            {"weights": "streamed", "outer": "host", "hidden_states": "host", "moments": "int8"},
+        ],
+        ids=["resident", "bf16", "streamed"],
+    )
+    def test_equal_over_many_steps_with_late_copies(
+        self, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On a GPU the issue's 1,000 steps, and copies that are late there; else the calls that make them."""
+        on_gpu = torch.cuda.is_available()
+        steps, delay = MANY_STEPS[on_gpu], late_by_chance() if on_gpu else None
+        batches = tiny_batches(16, "llama")
+        ctx = context("bf16", device="cuda:0" if on_gpu else "cpu")
+        own: dict[str, Any] = {"compile": False, "schedule": "constant", "learning_rate": 1e-3, **changes}
+        taken = [batches[step % 16] for step in range(steps)]
+        with running("llama", ctx, offload=False, **own) as twin:
+            expected = train(twin, taken)
+        if not on_gpu:
+            let_calls_be_late(monkeypatch)
+        with running("llama", ctx, delay, **own) as engine:
+            found = train(engine, taken)
+        assert_same(found, expected)
+        first, last = (sum(found.losses[at : at + 16]) for at in (0, steps - 16))
+        assert last < first, "nothing was learned, so that a late update would not show"
 
     @pytest.mark.gpu
     @pytest.mark.parametrize(

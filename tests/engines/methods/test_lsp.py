@@ -947,14 +947,41 @@ class TestFaults:
 
         monkeypatch.setattr(cores, "core_adam", fail)
         batches = tiny_batches(2, "opt")
-        for order in ("layerwise", "sequential"):
-            with running("opt", schedule_order=order) as engine:
+        ways: list[dict[str, Any]] = [{}, {"schedule_order": "sequential"}, {"weights": "streamed"}]
+        for changes in ways:
+            with running("opt", **changes) as engine:
                 engine.step(batches[:1])
                 with pytest.raises(RuntimeError, match="the CPU update failed") as caught:
                     engine.step(batches[1:])
                 assert isinstance(caught.value.__cause__, ArithmeticError)
                 with pytest.raises(RuntimeError, match="the CPU update failed"):
                     engine.synchronize()
+
+    @pytest.mark.parametrize("weights", ["resident", "streamed"])
+    @pytest.mark.parametrize("what", ["moments", "cores"])
+    def test_memory_that_ends_in_setup_leaves_nothing_behind(
+        self, what: str, weights: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Moments come first, then what is pinned for cores; streamed weights lie there already."""
+        made, whole = 0, cores.HostSlab
+
+        def some(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == ("moments", "cores").index(what) + 1:
+                raise OSError(12, "Cannot allocate memory")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(cores, "HostSlab", some)
+        engine = Lsp(replace(SETTINGS, weights=weights), context())
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            engine.setup(tiny_blueprint("opt", num_blocks=2))
+        engine.close()
+        assert not core_threads()
+        assert engine.pinned_bytes == 0
+        monkeypatch.undo()
+        with running("opt", weights=weights) as engine:
+            assert math.isfinite(engine.step(tiny_batches(1, "opt")).loss)
 
     def test_a_hang_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on = threading.Event()
@@ -996,10 +1023,12 @@ class TestFaults:
             assert (first.updates, torch.equal(first.moment, moments[0][0])) == (moments[0][1], True)
             assert torch.equal(second.moment, moments[1][0]) is not went_on
 
-    @pytest.mark.parametrize("order", ["layerwise", "sequential"])
-    def test_a_core_that_is_not_finite_is_told_when_downloads_lag(self, order: str) -> None:
+    @pytest.mark.parametrize(
+        "changes", [{}, {"schedule_order": "sequential"}, {"weights": "streamed"}], ids=str
+    )
+    def test_a_core_that_is_not_finite_is_told_when_downloads_lag(self, changes: dict[str, Any]) -> None:
         """Its norm may still be on its way when the next step begins."""
-        with lagging("opt", 2, lag_s=0.01, schedule_order=order) as engine:
+        with lagging("opt", 2, lag_s=0.01, **changes) as engine:
             batches = tiny_batches(3, "opt")
             engine.step(batches[:1])
             subspaces(engine)[3].module.register_full_backward_pre_hook(
@@ -1008,7 +1037,7 @@ class TestFaults:
             engine.step(batches[1:2])
             with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
                 engine.step(batches[2:])
-            assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
+            assert all(torch.isfinite(tensor).all() for tensor in weights(engine).values())
             assert all(torch.isfinite(state.moment).all() for state in states(engine))
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])

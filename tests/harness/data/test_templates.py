@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,129 @@ def test_long_prompts_are_cut_where_the_word_is_not(tmp_path: Path) -> None:
                 assert text.startswith("xxx")
                 assert " end " in text
                 assert " It was" in text
+
+
+WIC = [
+    {"word": "bank", "sentence1": "The bank pays.", "sentence2": f"River {i} has a bank.", "idx": i,
+     "label": i % 3 == 0, "start1": 4, "end1": 8}
+    for i in range(12)
+]  # fmt: skip
+COPA = [
+    {"premise": f"Row {i} fell.", "choice1": "It was pushed.", "choice2": f"The floor {'x' * i} broke.",
+     "question": "cause" if i % 2 else "effect", "idx": i, "label": i % 2}
+    for i in range(12)
+]  # fmt: skip
+
+
+def json_job(folder: Path, records: list[dict[str, Any]], **data: Any) -> Job:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    job = job_of(folder, train=str(path), **data)
+    return replace(job, seq_len=96)
+
+
+def texts_of(job: Job) -> list[str]:
+    shape = resolve_shape(job)
+    tokenizer = load_tokenizer(job.model, shape.vocabulary)
+    batches = [make_data(job, shape).step_batches(step)[0] for step in range(2)]
+    return [
+        tokenizer.decode(ids[: int(mask.sum())].tolist())
+        for batch in batches
+        for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True)
+    ]
+
+
+def test_a_template_names_columns_beside_the_texts(tmp_path: Path) -> None:
+    said = {"text": "sentence1", "text2": "sentence2", "label": "label"}
+    job = json_job(tmp_path, WIC, columns=said, template="{text}|{text2} {word}?\\n", labels=["N", "Y"])
+    found = texts_of(job)
+    assert all("The bank pays.|River " in each and " has a bank. bank?\n" in each for each in found)
+    assert {each[-1] for each in found} <= {"N", "Y"}
+    readings = make_data(job, resolve_shape(job)).readings
+    assert "word" in readings[0].partition("passed over")[0]
+    assert "start1" in readings[0].partition("passed over")[2]
+
+
+def test_a_column_that_no_layout_knows_is_understood_where_the_template_names_it(tmp_path: Path) -> None:
+    rows = [{"text": f"film {i}", "tone": "low", "label": i % 2} for i in range(8)]
+    with pytest.raises(UserError, match="what tone means is not known"):
+        texts_of(json_job(tmp_path, rows, labels=["N", "Y"], template="{text} It was"))
+    assert " low " in texts_of(json_job(tmp_path, rows, labels=["N", "Y"], template="{text} {tone} "))[0]
+
+
+@pytest.mark.parametrize("engine", ["native", "mezo"])
+def test_each_row_has_words_of_its_own(tmp_path: Path, engine: str) -> None:
+    said = {"text": "premise", "label": "label"}
+    labels = ["{choice1}", "{choice2}"]
+    job = json_job(tmp_path, COPA, columns=said, template="{text} What was the {question}?", labels=labels)
+    shape = resolve_shape(job)
+    tokenizer = load_tokenizer(job.model, shape.vocabulary)
+    (batch, *_) = make_data(job, shape).evaluation
+    rows = [tokenizer.decode(row[row != 0].tolist()) for row in batch.inputs["input_ids"]]
+    assert all("? It was pushed." in each for each in rows[::2])
+    assert all("? The floor " in each for each in rows[1::2])
+    for row, words in zip(batch.inputs["input_ids"], batch.inputs["word_tokens"], strict=True):
+        counted = words != -100
+        assert torch.equal(words[counted], row[counted])
+        assert tokenizer.decode(words[counted].tolist()).strip().startswith(("It was pushed.", "The floor "))
+    made = engine_on(job, engine)
+    try:
+        evaluation = made.evaluate([batch])
+        assert evaluation.num_labels == len(batch.inputs["labels"])
+        assert evaluation.loss == pytest.approx(loss_of_words(job, batch), rel=1e-5)
+    finally:
+        made.close()
+
+
+def loss_of_words(job: Job, batch: Any) -> float:
+    """Cross-entropy over the mean log-likelihoods of each example's two words, by transformers' forward."""
+    shape = resolve_shape(job)
+    plain = AutoModelForCausalLM.from_config(
+        configuration(load_config(job.model), job.model, shape.head, 0, False)
+    ).eval()
+    blueprint = make_blueprint(job, shape)
+    for name, parameter in plain.named_parameters():
+        blueprint.fill(name, parameter.data)
+    ids, words = batch.inputs["input_ids"], batch.inputs["word_tokens"]
+    with torch.no_grad():
+        logs = plain(input_ids=ids, attention_mask=batch.inputs["attention_mask"]).logits.log_softmax(-1)
+    scores = []
+    for row in range(len(ids)):
+        places = (words[row] != -100).nonzero().flatten().tolist()
+        scores.append(torch.stack([logs[row, place - 1, ids[row, place]] for place in places]).mean())
+    by_example = torch.stack(scores).view(-1, 2)
+    return float(torch.nn.functional.cross_entropy(by_example, batch.inputs["labels"]))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"template": "{text} {wird}"}, "wird"),
+        ({"template": "{text} {label}"}, "would tell the model the answer"),
+        ({"template": "{text} {question.upper}"}, "is no name of a column"),
+        ({"template": "{text} {0}"}, "is no name of a column"),
+        ({"labels": ["{choice1}", "{choice3}"]}, "choice3"),
+        ({"labels": ["{choice1}", "{choice1}"]}, "two words are the same to the model"),
+    ],
+)
+def test_columns_that_cannot_be_are_refused_in_one_line(
+    tmp_path: Path, data: dict[str, Any], why: str
+) -> None:
+    said = {"columns": {"text": "premise", "label": "label"}, "labels": ["{choice1}", "{choice2}"]}
+    with pytest.raises(UserError, match=why) as refused:
+        texts_of(json_job(tmp_path, COPA, **{"template": "{text}", **said, **data}))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mask_stands_for_no_words_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in COPA))
+    labels = ["{choice1}", "{choice2}"]
+    job = job_of(
+        tmp_path, "masked", train=str(path), columns={"text": "premise", "label": "label"}, labels=labels
+    )
+    with pytest.raises(UserError, match="a mask stands for one token"):
+        make_data(job, resolve_shape(job))
 
 
 def test_a_prompt_is_the_template_with_the_texts_in_it() -> None:

@@ -70,6 +70,7 @@ def test_suites_that_come_along_are_whole(name: str, tmp_path: Path) -> None:
 def test_the_recipe_of_mezo_names_its_nine_tasks() -> None:
     suite = load_suite("mezo-tasks")
     assert len(suite.tasks) == 9
+    assert [task.name for task in suite.tasks if task.missing] == ["squad", "drop"]
     assert (suite.sizes.train, suite.sizes.development, suite.sizes.test) == (1000, 500, 1000)
     assert suite.job["batch_size"] == 16
 
@@ -119,6 +120,7 @@ def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, text: str,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
 def test_a_toy_suite_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, as every study is, with fewer and shorter ones than usual; a second call has
     nothing left to do."""

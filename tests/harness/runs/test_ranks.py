@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import children, is_rank
 from left_behind import children_left
 from ranks import in_ranks
 from scripted_runs import SHAPE, scripted_job, scripted_plan
@@ -28,6 +28,8 @@ from harness.resolve import resolve_shape
 from harness.runs.launch import Outcome, Stepped, launch_child
 from harness.runs.ranks import RENDEZVOUS, check_alike, check_gpus, place_of, places, what_to_agree_on
 from harness.runs.worker import Request, execute
+
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +70,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
     def hold_up(event: object) -> None:
         if isinstance(event, Stepped) and event.sample.step == 1:
-            for process in psutil.Process().children():
-                if process.environ().get("RANK") == "1":
+            for process in children(recursive=False):
+                if is_rank(process, 1):
                     process.suspend()
                     threading.Timer(0.5, process.resume).start()
 
@@ -89,8 +91,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_its_reason(tmp_path: Path) ->
 
     def kill(event: object) -> None:
         if isinstance(event, Stepped) and event.sample.step == at:
-            for process in psutil.Process().children():
-                if process.environ().get("RANK") == str(victim):
+            for process in children(recursive=False):
+                if is_rank(process, victim):
                     process.send_signal(signal.SIGKILL)
 
     outcome = launch(tiny_request(2, steps=100_000), tmp_path, kill)

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import children, is_rank
 from left_behind import children_left
 from train_runs import ROOT, assert_same_weights, log_of, run, tiny_job, weights_of
 
@@ -27,7 +27,7 @@ def job_of(gpus: int, **fields: Any) -> Job:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Any:
+def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch, forked_programs: None) -> Any:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     yield
     assert children_left() == []
@@ -93,8 +93,8 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     out = tmp_path / "out"
 
     def kill() -> None:
-        for child in psutil.Process().children():
-            if child.environ().get("RANK") == "1":
+        for child in children():
+            if is_rank(child, 1):
                 child.send_signal(signal.SIGKILL)
 
     with monkeypatch.context() as patched:
@@ -144,8 +144,8 @@ def test_a_rank_that_hangs_without_another_says_so_and_ends(tmp_path: Path) -> N
 import sys, time
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]!r}
 from pathlib import Path
-import psutil
 from dataclasses import replace
+from forked import children, is_rank
 from train_runs import run, tiny_job
 from harness.records.job import Limits
 from harness.progress import Progress
@@ -153,7 +153,7 @@ from harness.training import leader
 leader.LOOK_S = leader.HANGING_S = 0.2
 def hang(self, what, done, total, **more):
     if what == "training" and done == 2:
-        [child.kill() for child in psutil.Process().children() if child.environ().get("RANK") == "1"]
+        [child.kill() for child in children() if is_rank(child, 1)]
         time.sleep(60)
 Progress.update = hang
 job = replace(tiny_job(accumulation=2, batch_size=1), limits=Limits(gpus=2))

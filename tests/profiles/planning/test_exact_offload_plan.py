@@ -15,6 +15,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
+from profiles.units import format_seconds
 
 GB = 10**9
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
@@ -76,7 +77,7 @@ def with_vocabulary(size: int) -> ModelShape:
 
 
 def crossover(found: Plan) -> int:
-    (reason,) = [each for each in found.reasons if each.startswith("T*")]
+    (reason,) = [each for each in found.reasons if "hides behind it from" in each]
     told = re.search(r"from ([\d,]+) tokens", reason)
     assert told is not None, reason
     return int(told[1].replace(",", ""))
@@ -238,4 +239,19 @@ def test_activations_are_kept_only_where_that_is_faster() -> None:
 def test_without_figures_there_is_no_crossover() -> None:
     workload = Workload(batch_size=4, seq_len=1024, dtype="bf16")
     (only,) = recommend(replace(H200, link=None), DEEPSEEK_7B, workload, [NAME], {})
-    assert not any(each.startswith("T*") for each in only.reasons)
+    assert not any("hides behind it from" in each for each in only.reasons)
+
+
+@pytest.mark.parametrize(("tokens", "is_said"), [(4096, True), (131072, False)])
+def test_what_compact_moments_would_gain_is_said_where_the_cpu_decides(tokens: int, is_said: bool) -> None:
+    """And is not chosen: they are approximate."""
+    found = plan(tokens)
+    said = [each for each in found.reasons if "moments=bf16" in each]
+    assert found.settings.typed.moments == "fp32"
+    assert bool(said) is is_said
+    if is_said:
+        with_bf16 = plan(tokens, given={"moments": "bf16"})
+        assert with_bf16.prediction.step_s is not None
+        assert f"{format_seconds(with_bf16.prediction.step_s)} a step in place of" in said[0]
+    for kept in ("fp32", "bf16"):
+        assert not any("not chosen" in each for each in plan(tokens, given={"moments": kept}).reasons)

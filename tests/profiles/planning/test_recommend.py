@@ -39,6 +39,7 @@ from profiles.planning.recommend import rank, recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder
 from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.rates import COPY_WRITE_ALLOCATE
+from profiles.units import format_seconds
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -215,6 +216,19 @@ def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
     said = "approximate: Adam's moments of the subspaces in bf16"
     assert said in compact.reasons
     assert said not in exact.reasons
+    (offered,) = [each for each in exact.reasons if each.startswith("not chosen unless set: moments")]
+    assert offered.endswith(f"would let d={compact.settings['d']} hide in place of {exact.settings['d']}")
+    large = {"d": 1536}
+    told = {}
+    for moments in (None, "fp32", "bf16"):
+        values = large if moments is None else {**large, "moments": moments}
+        (told[moments],) = recommend(slow, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": values}))
+    (offered,) = [each for each in told[None].reasons if each.startswith("not chosen unless set: moments")]
+    with_bf16, without = told["bf16"].prediction.step_s, told[None].prediction.step_s
+    assert with_bf16 is not None
+    assert without is not None
+    assert offered.endswith(f"{format_seconds(with_bf16)} a step in place of {format_seconds(without)}")
+    assert not any("unless set: moments" in each for key in ("fp32", "bf16") for each in told[key].reasons)
 
 
 def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
@@ -365,19 +379,18 @@ def test_zo2_asks_as_many_queries_as_the_link_has_time_for() -> None:
     assert zo2_plan(OPT_13B, workload, **knobs, queries=3).settings.typed.queries == 3
 
 
-def test_zo2_sends_lossless_tiles_of_what_is_only_read_and_says_what_they_would_do_for_the_rest() -> None:
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_zo2_sends_lossless_tiles_of_bf16_where_that_is_faster(train: str) -> None:
     workload = replace(FORWARD_ONLY, dtype="bf16")
-    adapters = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora")
-    whole = zo2_plan(OPT_13B, workload, resident_blocks=0, train="lora", base="full")
-    assert adapters.settings.typed.base == "lossless"
-    assert adapters.prediction.step_s < 0.95 * whole.prediction.step_s
-    assert "the same bits in fewer bytes" in told(adapters, "base")
-    trained = zo2_plan(OPT_13B, workload, resident_blocks=0)
-    assert trained.settings.typed.base == "full"
-    assert "would be faster, with the same bits" in told(trained, "base")
+    chosen = zo2_plan(OPT_13B, workload, resident_blocks=0, train=train)
+    whole = zo2_plan(OPT_13B, workload, resident_blocks=0, train=train, base="full")
+    assert chosen.settings.typed.base == "lossless"
+    assert chosen.prediction.step_s < 0.95 * whole.prediction.step_s
+    assert "the same bits in fewer bytes" in told(chosen, "base")
+    assert zo2_plan(OPT_13B, workload, train=train).settings.typed.base == "full"  # nothing comes up
     for other in (replace(workload, dtype="fp16"), workload):
         knobs = {} if other.dtype == "fp16" else {"base": "int8"}
-        plan = zo2_plan(OPT_13B, other, resident_blocks=0, train="lora", **knobs)
+        plan = zo2_plan(OPT_13B, other, resident_blocks=0, train=train, **knobs)
         assert not any("lossless" in reason for reason in plan.reasons)
 
 
@@ -486,7 +499,7 @@ def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 27
+    assert several.settings["resident_blocks"] == 28
     assert several.fits
 
 

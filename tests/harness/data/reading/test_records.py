@@ -144,6 +144,35 @@ def test_documents_are_packed_between_marks(tmp_path: Path) -> None:
     assert "attention_mask" not in batch.inputs
 
 
+def test_multirc_as_it_is_published_is_a_row_for_each_answer(tmp_path: Path) -> None:
+    def asked(question: str, *answers: tuple[str, int]) -> dict[str, Any]:
+        return {"question": question, "answers": [{"text": text, "label": label} for text, label in answers]}
+
+    passages = [
+        {"idx": i, "passage": {"text": f"Passage {i}.", "questions": [
+            asked("Who?", ("Ann", 1), ("Bob", 0)), asked("When?", ("Now", 0)),
+        ]}}
+        for i in range(4)
+    ]  # fmt: skip
+    said = {"text": "passage", "text2": "question", "label": "label"}
+    form = "{text}\nQuestion: {text2}\nIs it {answer}?"
+    found = read(tmp_path, *passages, columns=said, template=form, labels=("No", "Yes"))
+    rows = sorted((*found.labelled, *found.labelled_held_out), key=lambda each: each.place)
+    assert len(rows) == 12
+    one, other, last = rows[:3]
+    assert (one.text, one.second, one.fields, one.label) == ("Passage 0.", "Who?", {"answer": "Ann"}, 1)
+    assert (other.fields, other.label) == ({"answer": "Bob"}, 0)
+    assert (last.second, last.fields) == ("When?", {"answer": "Now"})
+    assert one.place == "line 1, question 1, answer 1"
+    assert found.readings[0].form == "MultiRC's JSON lines"
+    broken = [
+        *passages,
+        {"passage": {"text": "x", "questions": [3, {"question": "Why?"}, asked("So?", ("", 1))]}},
+    ]
+    left = read(tmp_path, *broken, columns=said, template=form, labels=("No", "Yes"), skip_bad=True)
+    assert left.readings[0].left_out.count == 3
+
+
 def test_squad_as_it_is_published(tmp_path: Path) -> None:
     asked = [
         {"question": "which?", "id": "7", "answers": [{"text": "blue", "answer_start": 11}]},
