@@ -5,9 +5,8 @@ registered with its GPU. In a pass that all of them make they need the same chun
 are counted on, pass after pass; a chunk's *turn* is that count, its slot in the ring the turn's remainder.
 
     who reads       Each chunk of a pass is for the rank that has least to read of those before it. Threads of
-                    that rank go from one of its turns to the next, also while its main thread waits for others.
-    when            A thread reads a turn into its slot once every rank has brought up the turn that was there
-                    before, and that had been read.
+                    that rank go from one of its turns to the next, also while its main thread waits.
+    when            A turn is read once all ranks have brought up what its slot had, and that had been read.
     how others know A number for each slot says which turn was read into it last.
     when it is free A number for each rank says how many turns it has brought up: a thread waits for the end
                     of each upload, in their order, and counts.
@@ -316,7 +315,7 @@ class SharedDisk:
                 self._alone.read_into(self._memory[slot], self._chunks[turn % len(self._chunks)])
                 self._numbers.store(READ, slot, self._mark(turn))
         except PeerLost:
-            return  # the main thread finds it out, too
+            return  # the main thread hears of it, too
         except OSError as error:
             self._numbers.store(FAILED, self._rank, error.errno or errno.EIO)
         except BaseException:
