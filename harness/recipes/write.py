@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
     plan = next(plan for plan in answer.plans if plan.engine == best)
     job = _job(answer, plan)
     save_job(job, folder / JOB_FILE)
-    lines = [f"here: lspzo-bench run --engine {best} --job {folder / JOB_FILE}"]
+    lines = [f"here: lspzo-bench run --engine {best} --job {shlex.quote(str(folder / JOB_FILE))}"]
     lines += _stand_ins(job)
     recipe = recipe_of(answer, plan, stack)
     if recipe is None:
@@ -105,11 +106,11 @@ def _kind(job: Job) -> DataKind:
 
 def _why_none(answer: Recommendation, plan: Plan, stack: Stack) -> str:
     if answer.model.head != "causal_lm" and stack != "deepspeed":
-        return f"{stack}: nothing written, its files are for decoders and this is an encoder"
+        return f"{stack}: no files for it, they are for decoders and this is an encoder"
     others = [
         each.engine
         for each in answer.plans
         if each.fits and each.engine != plan.engine and recipe_of(answer, each, stack) is not None
     ]
     alternatives = f"; of those that fit it has {', '.join(others)} (--engine NAME)" if others else ""
-    return f"{stack}: nothing written, it has no {plan.engine}{alternatives}"
+    return f"{stack}: no files for it, it has no {plan.engine}{alternatives}"
