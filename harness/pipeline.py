@@ -19,7 +19,7 @@ from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.padding import padded_length
-from harness.progress import console
+from harness.progress import console, told
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.records.shape import MODEL, save_shape
@@ -130,17 +130,18 @@ def plan_job(
     )
 
 
-def data_lengths(job: Job, shape: ModelShape) -> DataLengths | None:
+def data_lengths(job: Job, shape: ModelShape, *, quiet: bool = False) -> DataLengths | None:
     """What a run would train on in an epoch of the job's file, read and tokenized as it is for one; `None`
     where the data is no file. Imports torch. Raises `UserError` as a run would."""
     if job.data.train in ("random", "builtin"):
         return None
-    from harness.data.batches import tokenize
-    from harness.data.tokenized import sequence_lengths
+    with told(f"reading {Path(job.data.train).name}", quiet=quiet):
+        from harness.data.batches import tokenize
+        from harness.data.tokenized import sequence_lengths
 
-    tokenized = tokenize(job, shape)
-    assert tokenized is not None
-    lengths = sequence_lengths(tokenized)
+        tokenized = tokenize(job, shape)
+        assert tokenized is not None
+        lengths = sequence_lengths(tokenized)
     if tokenized.train.packed or job.padding == "seq_len":
         counts = {job.seq_len: len(lengths)}
     else:
@@ -283,10 +284,11 @@ def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:
     shape = resolve_shape(job)
     if job.data.train == "random":
         return shape, None
-    from harness.data.batches import tokenize
-    from harness.data.tokenized import save_tokenized
+    with told(f"reading {Path(job.data.train).name}", quiet=quiet):
+        from harness.data.batches import tokenize
+        from harness.data.tokenized import save_tokenized
 
-    tokenized = tokenize(job, shape)
+        tokenized = tokenize(job, shape)
     if tokenized is not None:
         for line in tokenized.readings:
             console(stderr=True, quiet=quiet).print(line, markup=False, soft_wrap=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,10 +14,6 @@ from rich.table import Column
 
 from profiles.language import translated, word
 from profiles.units import format_bytes
-
-if TYPE_CHECKING:
-    pass
-
 
 PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -85,6 +82,14 @@ class Progress:
         elif note and self._tenths.get(what) != tenth:
             self.print(f"{name} {count}: {note}")
         self._tenths[what] = tenth
+
+
+@contextmanager
+def told(what: str, *, quiet: bool) -> Iterator[None]:
+    """A bar, or without a terminal a line, for work that takes some seconds and counts nothing."""
+    with Progress(quiet) as progress:
+        progress.update(what, 0, 1)
+        yield
 
 
 class ProbeProgress(Progress):

@@ -42,5 +42,9 @@ def find_profile(profile: Path) -> Machine:
     if profile.suffix == ".json" or len(profile.parts) > 1 or exists(profile):
         return _of_file(profile)
     near = difflib.get_close_matches(str(profile), machine_names(), n=1)
-    remedy = f"did you mean '{near[0]}'?" if near else "name a file, or one that 'lspzo-bench profiles' lists"
+    remedy = (
+        f"did you mean '{near[0]}'?"
+        if near
+        else "name one that 'lspzo-bench profiles' lists, or a file of 'lspzo-bench probe --out FILE' there"
+    )
     raise UserError(f"profile '{profile}'", "there is no machine of that name", remedy)

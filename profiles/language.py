@@ -45,8 +45,8 @@ def sentences(package: str, language: Language) -> dict[str, str]:
 
 
 _NUMBER = r"[+-]?[\d.,]+(?:e[+-]?\d+)?"
-_QUANTITY = re.compile(rf"({_NUMBER}) (s|min|h|us|days|JPY)", re.ASCII)
-_UNITS = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒", "days": "日", "JPY": "円"}
+_QUANTITY = re.compile(rf"({_NUMBER}) (s|min|h|us|days|years|JPY)", re.ASCII)
+_UNITS = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒", "days": "日", "years": "年", "JPY": "円"}
 _SHAPES = {"band": "{}\uff5e{}", "bracket": "{}\uff08{}\uff09"}
 _BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) to ({_NUMBER}(?: [A-Za-z/]+)?)", re.ASCII)
 _WITH_BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) \(({_NUMBER} to {_NUMBER})\)", re.ASCII)
@@ -74,9 +74,12 @@ def _phrases(language: Language) -> tuple[_Phrase, ...]:
 
 
 def _pattern(english: str) -> str:
-    """Of a sentence with `{names}`: each stands for some text."""
+    """Of a sentence with `{names}`: each stands for some text, or for a number if it begins with `num_`."""
     parts = re.split(r"\{(\w+)\}", english)
-    return "".join(f"(?P<{part}>.+?)" if place % 2 else re.escape(part) for place, part in enumerate(parts))
+    return "".join(
+        f"(?P<{part}>{_NUMBER if part.startswith('num_') else '.+?'})" if place % 2 else re.escape(part)
+        for place, part in enumerate(parts)
+    )
 
 
 def _translated_value(name: str, value: str) -> str:

@@ -16,6 +16,9 @@ COPY_WRITE_ALLOCATE = 1.5
 """Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
 DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
 
+HOPPER = 9
+"""Major version of CUDA's compute capability."""
+
 Bound = Literal["low", "value", "high"]
 
 
@@ -113,6 +116,16 @@ def matmul(machine: Machine, workload: Workload) -> tuple[str, Figure]:
         "fp16": _sustained(machine.gpu.matmul_fp16_flops, machine.gpu),
     }
     return f"GPU matrix product in {workload.dtype}", gpu[workload.dtype]
+
+
+def off_grid_times(machine: Machine) -> float:
+    """Time of a 16-bit product whose rows begin off the grid of 16 bytes, over that of one on it: 6 on a
+    Hopper GPU, whose head of GPT-2 (50257 tokens) took 15 ms more than the 3 ms of 16 x 512 tokens
+    (`tests/studies/prediction_grid_h200_night`, one job). Taken for 2 on older ones: on an A100 GPT-2 is said
+    to train a quarter faster with 50304. On a CPU and in other formats none is known."""
+    if machine.gpu is None or machine.gpu.compute_capability is None:
+        return 1.0
+    return 6.0 if int(machine.gpu.compute_capability.partition(".")[0]) >= HOPPER else 2.0
 
 
 def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:

@@ -25,6 +25,9 @@ _MULTIPLES = {
 _QUANTITY = re.compile(r"\s*(-?)(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
 _LARGEST_BYTES = 2**63 - 1
 
+DAY_S = 86400.0
+YEAR_S = 365 * DAY_S
+
 
 def format_bytes(count: float | None) -> str:
     """An amount of memory in powers of two, such as `22.4 GiB`. `None` is 'not measured'."""
@@ -55,10 +58,15 @@ def format_elements(elements_per_s: float | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """A duration, such as `12.5 ms`, `3.10 s` or `4.2 min`. `None` is 'not measured'."""
+    """A duration, such as `12.5 ms`, `3.10 s`, `4.20 min` or, beyond two days, `3.50 days`. `None` is
+    'not measured'."""
     if seconds is None:
         return NOT_MEASURED
     size = abs(seconds)
+    if size >= 2 * YEAR_S:
+        return f"{_digits(seconds / YEAR_S)} years"
+    if size >= 2 * DAY_S:
+        return f"{_digits(seconds / DAY_S)} days"
     if size >= 7200:
         return f"{_digits(seconds / 3600)} h"
     if size >= 120:

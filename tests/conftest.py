@@ -72,6 +72,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def forked_programs() -> Iterator[None]:
+    """Programs of ours that a test starts are forks of one that has loaded torch (`support/forked.py`): for
+    tests of what they do."""
+    from forked import forked
+
+    with forked():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _threads_stay() -> Iterator[None]:
     """What a test, or a fixture of its module, does to torch's threads ends with it: several would spin

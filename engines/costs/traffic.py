@@ -21,6 +21,8 @@ class LayerTraffic:
     gpu_forward_flops: float = 0.0
     gpu_backward_flops: float = 0.0
     """Backward pass including the recomputation under checkpointing."""
+    off_grid_flops: float = 0.0
+    """Of both passes, those of 16-bit products whose rows begin where 16 bytes cannot be read at once."""
     gpu_bytes: float = 0.0
     """GPU memory traffic beside the matrix products: perturbation, optimizer, projection."""
     h2d_bytes: int = 0

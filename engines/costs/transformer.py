@@ -76,10 +76,6 @@ optimizers. One run (engines/EXPERIMENTS.md)."""
 
 HEAD_LAUNCHES = 12
 
-OFF_GRID_FLOPS = 6
-"""What the products of a head take over those of one whose vocabulary is a multiple of 8: 15 ms more than the
-3 ms of 16 x 512 tokens of GPT-2 on an H200 (`tests/studies/prediction_grid_h200_night`; one job)."""
-
 CHUNK_LAUNCHES = 3
 """The head for one side, chunk of the vocabulary and chunk of the tokens, in launches: the product, the
 running log-sum-exp, and the Python around them. Counted in `engines.zeroth_order.chunked_loss`."""
@@ -222,12 +218,11 @@ def training_layers(
     """Forward and backward of every layer; the optimizer comes on top. `passes`: eager ones unless given."""
     how = passes or BlockPasses.eager(shape, workload)
     head = head_forward_flops(shape, workload)
-    if is_off_grid(shape, workload):
-        head *= OFF_GRID_FLOPS
     last = LayerTraffic(
         name="head",
         gpu_forward_flops=head,
         gpu_backward_flops=2 * head,
+        off_grid_flops=3 * head if is_off_grid(shape, workload) else 0.0,
         gpu_bytes=workload.accumulation * _loss_traffic_bytes(shape, workload, how),
     )
     last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)

@@ -47,6 +47,7 @@ from engines.decoding import GenerationRequest, Sampling
 from engines.errors import InfeasiblePlan, UserError
 from engines.model.blocks import find_blocks, sent
 from engines.model.model_check import FAILURES
+from engines.quantized.block_form import damaged_tiles
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.perturbed_model import PerturbedModel
 
@@ -65,7 +66,8 @@ def generate_tokens(
     """The next token of each prompt, step by step.
 
     `blocks` begins a pass: it gives each block's index while its weights are there. Nothing else may use
-    them until the generation has ended or was given up.
+    them until the generation has ended or was given up. Raises `UserError` where weights were damaged that a
+    token was made with.
     """
     refuse_what_generates_nothing(model.transformer)
     device = model.device
@@ -76,7 +78,7 @@ def generate_tokens(
     choose = _Choice(request.sampling, device)
     ends = sent(torch.tensor(request.end_ids or (NO_TOKEN,), dtype=torch.int64), device)
     ended = torch.zeros(len(request.prompts), dtype=torch.bool, device=device)
-    echoes = [_Echo(len(request.prompts), device) for _ in range(2)]
+    echoes = [_Echo(len(request.prompts), model.scratch.damaged) for _ in range(2)]
     ids = batch.ids
     open_rows = set(range(len(request.prompts)))
     for step in range(request.max_new_tokens):
@@ -282,16 +284,21 @@ class _Choice:
 
 
 class _Echo:
-    """Tokens of one step on their way to the host."""
+    """Tokens of one step on their way to the host, and whether weights that made them were damaged.
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._host = torch.empty(batch_size, dtype=torch.int64, pin_memory=on_gpu)
+    HAZARD: both are read a step late. To ask the device for either at once would hold the host until the head
+    is done, and the link would have nothing to do meanwhile.
+    """
+
+    def __init__(self, batch_size: int, damaged: Tensor) -> None:
+        on_gpu = damaged.is_cuda
+        self._host = torch.empty(batch_size + 1, dtype=torch.int64, pin_memory=on_gpu)
+        self._damaged = damaged
         self._event = _cuda.Event(blocking=True) if on_gpu else None
 
     def send(self, token: Tensor) -> None:
         """In the order of the compute stream; the host goes on."""
-        self._host.copy_(token, non_blocking=True)
+        self._host.copy_(torch.cat((token, self._damaged)), non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(token.device))
 
@@ -299,4 +306,7 @@ class _Echo:
         """Waits for the step that sent them."""
         if self._event is not None:
             self._event.synchronize()
-        return tuple(self._host.tolist())
+        *tokens, damaged = self._host.tolist()
+        if damaged:
+            raise damaged_tiles()
+        return tuple(tokens)

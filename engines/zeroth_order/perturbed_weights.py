@@ -61,8 +61,8 @@ class BlockScratch:
         self.whole = WholeMatrices(device)
         self._stored: dict[tuple[int, int], Stored] = {}
         """Of which it is not known yet whether they found room."""
-        self._damaged = torch.zeros(1, dtype=torch.int32, device=device)
-        """1: lossless tiles were not what was written."""
+        self.damaged = torch.zeros(1, dtype=torch.int32, device=device)
+        """1: lossless tiles that were read since the start were not what was written."""
         self._units = units
         self._dtype = dtype
         self._device = device
@@ -111,7 +111,7 @@ class BlockScratch:
         """
         if self._base != "lossless":
             return []
-        if self._damaged:
+        if self.damaged:
             raise damaged_tiles()
         stored, self._stored = list(self._stored.values()), {}
         if not stored:
@@ -349,7 +349,7 @@ class BlockScratch:
         if is_whole:
             self.whole.read(self._block, index, buffer)
         else:
-            lossless_pass.decode_lossless(tiles, part.segment, buffer, self._damaged)
+            lossless_pass.decode_lossless(tiles, part.segment, buffer, self.damaged)
         assert self.fold is not None
         self.fold(part.names[0], buffer[: part.segment.counts[0]], window, seed)
         if is_whole:
@@ -478,7 +478,7 @@ class BlockScratch:
         elif how.first < how.last:
             lossless_pass.visit_lossless(tiles, segment, how, Outputs(theta=plus))
         else:
-            lossless_pass.decode_lossless(tiles, segment, plus, self._damaged)
+            lossless_pass.decode_lossless(tiles, segment, plus, self.damaged)
 
     def _buffer_of(self, block: int, index: int) -> Tensor:
         """Memory for a part of a block, apart from what was made for others."""

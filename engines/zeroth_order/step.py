@@ -396,6 +396,7 @@ class ZerothOrder(ABC):
     def generate(self, request: GenerationRequest) -> Iterator[Decoded]:
         """Text from `request`, a token of every prompt at a time: `engines.zeroth_order.generation`."""
         self.blocks.apply_deferred(self._updates.step - 1)
+        self._settle()
 
         def blocks() -> Iterator[int]:
             self.blocks.begin_token()
@@ -404,7 +405,6 @@ class ZerothOrder(ABC):
         compute = self._clocks.compute
         self.blocks.begin_tokens()
         for tokens in generate_tokens(self._model, request, blocks, compute, self.context.vram_bytes):
-            self._settle()
             yield Decoded(tokens=tokens, stats=StepStats(loss=math.nan, **self.blocks.end_token()))
         self.blocks.forget_times()
 

@@ -14,7 +14,7 @@ from harness.recommendation import Recommendation
 from profiles.advice import words
 from profiles.advice.amount import Amount
 from profiles.advice.job_time import JobForecast
-from profiles.advice.outlook import BestMethod
+from profiles.advice.outlook import BestMethod, Outlook
 from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
 from profiles.language import translated, word
@@ -22,6 +22,7 @@ from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
 
 WITH_GRADIENTS = "With gradients (first order), by time to the job's end"
+WITH_GRADIENTS_STEP = "With gradients (first order), by time of a step"
 WITHOUT_GRADIENTS = "Without gradients (zeroth order): a step is not worth one of those above"
 
 
@@ -35,7 +36,8 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
                 f"({answer.amount.basis})"
             )
         )
-    for order, heading in (("first", WITH_GRADIENTS), ("zeroth", WITHOUT_GRADIENTS)):
+    with_gradients = WITH_GRADIENTS_STEP if answer.amount is None else WITH_GRADIENTS
+    for order, heading in (("first", with_gradients), ("zeroth", WITHOUT_GRADIENTS)):
         plans = [plan for plan in answer.plans if entry(plan.engine).order == order]
         if plans:
             parts += [_said(heading), plans_of_kind(answer, plans)]
@@ -84,9 +86,11 @@ def _notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
 def _title(answer: Recommendation) -> str:
     job, model = answer.job, answer.model
     batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
+    gpus = job.limits.gpus * job.limits.nodes
+    several = "" if gpus == 1 else f"; on {gpus} GPUs"
     return (
         f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "
-        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}"
+        f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}{several}"
     )
 
 
@@ -120,7 +124,8 @@ def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
             row.append(_energy(forecast))
         if paid:
             row.append("-" if forecast is None else ", ".join(map(words.money, forecast.costs)) or "-")
-        row += [format_bytes(predicted.peak_gpu_bytes)] if has_gpu else []
+        needed_bytes = predicted.needed_gpu_bytes
+        row += [format_bytes(predicted.peak_gpu_bytes if needed_bytes is None else needed_bytes)] * has_gpu
         row.append(format_bytes(predicted.peak_host_bytes))
         table.add_row(*_cells(row), translated(predicted.bottleneck or word("not known")))
     return table
@@ -172,14 +177,20 @@ def _way_text(way: WayOut | None, blocked: str | None, amount: Amount | None) ->
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 
-def _best_cells(best: BestMethod | None, saved_s: float | None) -> list[str]:
+def _nothing(answer: Recommendation, there: Outlook) -> str:
+    return "nothing fits" if there.has_dtype else f"no {answer.job.dtype}"
+
+
+def _best_cells(best: BestMethod | None, saved_s: float | None, nothing: str) -> list[str]:
     if best is None:
-        return ["nothing fits", "-", "-"]
+        return [nothing, "-", "-"]
     time = "not predicted" if best.seconds is None else words.duration(best.seconds[1])
     return [best.engine, time, "-" if saved_s is None else _saved(saved_s)]
 
 
 def _saved(seconds: float) -> str:
+    if seconds == 0:
+        return "none"
     return f"{'-' if seconds < 0 else ''}{words.duration(abs(seconds))}"
 
 
@@ -193,7 +204,8 @@ def _what_if_table(answer: Recommendation) -> Table:
     for row in answer.what_if:
         cells: list[str] = []
         for order in kinds:
-            cells += _best_cells(getattr(row.outlook, order), getattr(row, f"{order}_saved_s"))
+            best, saved_s = getattr(row.outlook, order), getattr(row, f"{order}_saved_s")
+            cells += _best_cells(best, saved_s, _nothing(answer, row.outlook))
         table.add_row(*_cells([row.outlook.name, *cells, ", ".join(row.now_fits) or "-"]))
     return table
 
@@ -237,7 +249,7 @@ def _answers_table(answer: Recommendation) -> Table:
         for order in kinds:
             best, met = getattr(each.outlook, order), getattr(each, order)
             if best is None:
-                cells += ["nothing fits", "-", "-", "no"]
+                cells += [_nothing(answer, each.outlook), "-", "-", "no"]
             elif best.seconds is None:
                 cells += [best.engine, "not predicted", "-", met]
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,16 +11,18 @@ from rich.text import Text
 
 from engines.errors import UserError
 from harness.cli.job_flags import JobFlags, takes_job
-from harness.cli.options import Json
-from harness.progress import console
+from harness.cli.options import Json, Lang, Quiet, speaks
+from harness.progress import console, told
 from harness.recommendation import without_weights
 from harness.resolve import resolve_shape
 from profiles.documents import to_json
+from profiles.language import enumerated, translated, word
 
 if TYPE_CHECKING:
     from harness.data.preview import Preview, ShownExample
 
 
+@speaks
 @takes_job(
     without=(
         "data", "untied", "layers", "accumulation", "steps", "warmup_steps", "dtype", "checkpointing", "vram",
@@ -30,7 +33,9 @@ def data(
     flags: JobFlags,
     file: Annotated[str, typer.Argument(help="What `run` would take as --data.")],
     examples: Annotated[int, typer.Option("--examples", min=0, help="How many to show.")] = 3,
+    lang: Lang = "en",
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show a file as a model will see it: examples in tokens, what the loss counts, labels, lengths.
 
@@ -45,9 +50,10 @@ def data(
         )
     shape = resolve_shape(job)
 
-    from harness.data.preview import preview
+    with told(f"reading {Path(file).name}", quiet=quiet):
+        from harness.data.preview import preview
 
-    found = preview(job, shape, examples)
+        found = preview(job, shape, examples)
     if as_json:
         typer.echo(to_json(found), nl=False)
     else:
@@ -57,33 +63,39 @@ def data(
 def _print(found: Preview) -> None:
     out = console()
     for line in (*found.readings, found.description):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(_in_parts(line), markup=False, soft_wrap=True)
     for number, example in enumerate(found.examples, start=1):
-        out.print(f"\nexample {number}: {_about(example)}", markup=False, soft_wrap=True)
+        out.print(f"\n{word('example')} {number}: {_about(example)}", markup=False, soft_wrap=True)
         out.print(_tokens(example), soft_wrap=True)
     out.print()
     rows = {
         "labels": ", ".join(f"{name} {count:,}" for name, count in found.label_counts.items()),
         "tokens of an example": ", ".join(f"{at} {each:,}" for at, each in found.length_percentiles.items()),
-        "cut": f"{found.cut:,} of {found.training + found.held_out:,}",
+        "cut": f"{found.cut:,} of {found.training + found.held_out:,} examples",
         "padding": f"{found.padded_share:.1%} of what is computed on",
         "training examples that are there before": f"{found.duplicates:,}",
         "held-out examples that are in training too": f"{found.held_out_in_training:,}",
     }
     for name, value in rows.items():
         if value:
-            out.print(f"{name}: {value}", markup=False, soft_wrap=True)
+            out.print(f"{word(name)}: {translated(value)}", markup=False, soft_wrap=True)
+
+
+def _in_parts(line: str) -> str:
+    """What is told of a file, behind its name, in the language spoken."""
+    name, colon, rest = line.partition(": ")
+    return name + colon + "; ".join(translated(part) for part in rest.split("; "))
 
 
 def _about(example: ShownExample) -> str:
-    parts = [f"{len(example.tokens)} tokens"]
+    parts = [f"{len(example.tokens):,} tokens"]
     if example.label is None:
         parts.append(f"{sum(example.learnt)} of them learnt (underlined, between >> and <<)")
     else:
         parts.append(f"label {example.label}")
     parts += ["fills --seq-len: maybe cut"] * example.is_cut
     parts += [f"{example.padding} of padding"] * bool(example.padding)
-    return ", ".join(parts)
+    return enumerated(map(translated, parts))
 
 
 def _tokens(example: ShownExample) -> Text:

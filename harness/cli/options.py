@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -324,12 +325,19 @@ def engine_names(engines: str | None) -> list[str]:
                 "give both, or name the engine alone",
             )
         if name not in public:
-            raise UserError(
-                f"engine '{name}'", "there is no such engine", f"choose from: {', '.join(public)}"
-            )
+            raise UserError(f"engine '{name}'", "there is no such engine", _meant(name, public))
     if not names:
         raise UserError("--engines", "names no engine", "see 'lspzo-bench engines'")
     return names
+
+
+def _meant(name: str, public: Sequence[str]) -> str:
+    """What to do about an engine's name that is none: the nearest ones, or all."""
+    near = [each for each in public if each.startswith(f"{name}-")]
+    near += [each for each in difflib.get_close_matches(name.lower(), public) if each not in near]
+    if near:
+        return f"did you mean {' or '.join(near)}? see 'lspzo-bench engines'"
+    return f"choose from: {', '.join(public)}"
 
 
 def method_names(engines: str | None) -> list[str]:

@@ -167,7 +167,7 @@ def recommend(
     shape = resolve_shape(job)
     # As `run` pads.
     as_run = job if flags.gives("padding") else replace(job, padding="longest")
-    lengths = data_lengths(as_run, shape)
+    lengths = data_lengths(as_run, shape, quiet=quiet)
     amount = amount_of(job.workload, asked, lengths)
     if lengths is not None and not tokenizer_files(job.model):
         _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}")

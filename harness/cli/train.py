@@ -20,6 +20,7 @@ from harness.cli.tables import rates_table
 from harness.pipeline import training_settings
 from harness.progress import Progress, console
 from harness.records.presets import LR_SEARCH
+from harness.training.run_files import check_holds_run
 from profiles.documents import to_json
 
 
@@ -216,6 +217,8 @@ def export(
     if tables is not None:
         typer.echo(str(by_name("reports.commands:export_tables")(folder, tables, to)))
         return
+    check_holds_run(folder)
+
     from harness.training.train import export_run
 
     with Progress(quiet) as progress:

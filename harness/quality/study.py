@@ -34,7 +34,7 @@ from harness.quality.documents import (
 )
 from harness.quality.judge import StudyResult, judge_study
 from harness.quality.trials import Launch, PreparedStudy, StudyTrials, curves, launched, one_process
-from harness.records.job import Job, save_job
+from harness.records.job import JOB_FILE, Job, save_job
 from harness.records.metrics import INSTALL, has_libraries
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
@@ -268,7 +268,7 @@ def run_study(
             save_tokenized(tokenized, data_file)
         save_machine(shared_machine(ready.machine), out / "machine.json")
         save_plan(plan, out)
-        save_job(plan.job, out / "job.toml")
+        save_job(plan.job, out / JOB_FILE)
         together = (lambda: nullcontext(launch)) if launch is not None else one_process
         trials = StudyTrials(ready, job, learnings, data_file, launch or launched, together, report, on_event)
         records = list(trials.run())

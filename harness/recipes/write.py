@@ -20,7 +20,7 @@ from harness.recipes.deepspeed import deepspeed_recipe
 from harness.recipes.llamafactory import llamafactory_recipe
 from harness.recipes.trl import trl_recipe
 from harness.recommendation import Recommendation
-from harness.records.job import DataKind, Job, save_job
+from harness.records.job import JOB_FILE, DataKind, Job, save_job
 from profiles.documents import write_whole
 from profiles.planning.plan import Plan
 
@@ -32,8 +32,6 @@ STACKS: dict[Stack, Callable[[ChosenMethod], Recipe | None]] = {
     "llamafactory": llamafactory_recipe,
     "deepspeed": deepspeed_recipe,
 }
-
-JOB_FILE = "job.toml"
 
 
 class Written(NamedTuple):

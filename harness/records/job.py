@@ -32,6 +32,9 @@ bytes, and with them the id and the digest, that it had before."""
 NotWhereOne = Field(exclude_if=lambda value: value == 1)
 """Likewise."""
 
+JOB_FILE = "job.toml"
+"""The file that says what is trained in a folder of results, of a training run, or beside a recipe."""
+
 Padding = Literal["seq_len", "longest"]
 
 HeadChoice = Literal["auto", "causal_lm", "masked_lm", "classification", "question_answering"]

@@ -16,13 +16,14 @@ from typing import Literal
 from engines.files.checksums import sha256_of
 from engines.files.reading import exists, is_file, names_in
 from engines.files.writing import whole_file
+from harness.records.job import JOB_FILE
 from harness.records.run import Environment
 from harness.records.shape import MODEL
 from profiles.documents import read_document, to_json, write_whole
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-DOCUMENTS = ("job.toml", "plans.json", "machine.json", MODEL, "criteria.toml")
+DOCUMENTS = (JOB_FILE, "plans.json", "machine.json", MODEL, "criteria.toml")
 RECORDS = "runs"
 
 

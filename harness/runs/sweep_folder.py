@@ -14,7 +14,7 @@ from typing import Any
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes, read_text
 from engines.files.writing import is_leftover
-from harness.records.job import Job, load_job, save_job
+from harness.records.job import JOB_FILE, Job, load_job, save_job
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
 from harness.records.shape import MODEL
@@ -64,9 +64,9 @@ def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]
 
     Raises `UserError` if `out` holds no comparison, or one of another job.
     """
-    if not exists(out / "job.toml"):
+    if not exists(out / JOB_FILE):
         raise UserError(str(out), "holds no comparison to resume (no job.toml)", "name another --out")
-    begun = load_job(out / "job.toml")
+    begun = load_job(out / JOB_FILE)
     before, now = (dumped_job(replace(each, settings=typed_settings(each.settings))) for each in (begun, job))
     changed = _first_difference(before, now)
     if changed is not None:
@@ -95,8 +95,8 @@ def _earlier_plans(out: Path) -> tuple[Plan, ...]:
 
 def write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
     """Say in `out` what is compared. job.toml first: its presence says that the folder holds a comparison."""
-    if not exists(out / "job.toml"):
-        save_job(job, out / "job.toml")
+    if not exists(out / JOB_FILE):
+        save_job(job, out / JOB_FILE)
     engines = {plan.engine for plan in plans}
     others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
     shown = [shared_plan(plan, keep_settings=True) for plan in (*others, *plans)]
@@ -121,7 +121,7 @@ def settle_criteria(criteria: Path | None, out: Path) -> str | None:
                     f"differs from {kept} in '{field}' (was {before}, is now {now})",
                     "criteria are written down before measuring: name another --out to start anew",
                 )
-        elif exists(out / "job.toml"):
+        elif exists(out / JOB_FILE):
             raise UserError(
                 str(criteria),
                 "the earlier runs were made without criteria",

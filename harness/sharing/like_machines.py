@@ -46,11 +46,12 @@ class LikeMachines:
             return (
                 f"on {self.machine}, {self.engine}: predicted {format_seconds(self.predicted_step_s)} a step "
                 f"is better than {self.slower} of {len(self.step_s)} shared results with that card, "
-                f"which took {took} for this job"
+                f"which took {took} for this job, with settings of their own"
             )
         return (
             f"{self.engine}: predicted {format_seconds(self.predicted_step_s)} a step is better than "
-            f"{self.slower} of {len(self.step_s)} like machines, which took {took} for this job"
+            f"{self.slower} of {len(self.step_s)} like machines, which took {took} for this job, with "
+            "settings of their own"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engines.files.reading import exists
+from harness.records.job import JOB_FILE
 from harness.records.metrics import metrics_text
 from harness.training.steps import SUMMARY, TrainingSummary
 from profiles.documents import read_document
@@ -14,7 +15,7 @@ from profiles.documents import read_document
 
 def started(out: Path) -> bool:
     """Whether a run was begun in `out`, so that it can be resumed."""
-    return exists(out / "job.toml")
+    return exists(out / JOB_FILE)
 
 
 def spread_over(folders: Sequence[Path]) -> Iterator[str]:

@@ -21,10 +21,11 @@ from engines.files.writing import is_leftover
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from harness.models.export import holds_something
-from harness.records.job import Job, load_job, save_job
+from harness.records.job import JOB_FILE, Job, load_job, save_job
 from harness.records.settings import typed_settings
 from harness.runs.worker import TRACE
 from harness.training import restore
+from harness.training.run_files import ENGINE_FILE, check_holds_run
 from harness.training.update_log import check_belongs, read_update_log, refuse_damaged
 from profiles.documents import read_document, to_json, write_whole
 from profiles.planning.plan import EngineSettings
@@ -32,7 +33,7 @@ from profiles.planning.plan import EngineSettings
 SCHEMA_VERSION = 1
 """Of engine.json. 1: first version (0.1.0)."""
 
-ENGINE_FILE, MODEL = "engine.json", "model"
+MODEL = "model"
 
 LR_FILE = "find_lr.json"
 """What `--find-lr` leaves in a folder, which may then be trained into."""
@@ -63,9 +64,8 @@ class TrainingRun:
 
 def read_run(out: Path) -> TrainingRun:
     """Raises `UserError` if `out` holds no run, or none whose weights can be rebuilt."""
-    if not exists(out / "job.toml") or not exists(out / ENGINE_FILE):
-        raise UserError(str(out), "holds no run", "name a folder that 'lspzo-bench run' wrote with --out")
-    job = load_job(out / "job.toml")
+    check_holds_run(out)
+    job = load_job(out / JOB_FILE)
     method = _read_method(out)
     typed = method.settings.typed
     has_log = isinstance(typed, MezoSettings) and exists(out / restore.UPDATE_LOG)
@@ -87,14 +87,14 @@ def read_run(out: Path) -> TrainingRun:
 
 def claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     """Take `out` for this run, or check that it is its own; the settings to train with."""
-    if not exists(out / "job.toml"):  # which is written last: no step was taken without it
+    if not exists(out / JOB_FILE):  # which is written last: no step was taken without it
         refuse_folder_in_use(out, resume)
         write_whole(out / ENGINE_FILE, to_json(method))
-        save_job(job, out / "job.toml")
+        save_job(job, out / JOB_FILE)
         return method.settings.typed
     earlier = _read_method(out)
     settings = earlier.settings.typed
-    before = load_job(out / "job.toml")
+    before = load_job(out / JOB_FILE)
     before = replace(before, limits=job.limits, settings=typed_settings(before.settings))
     switched = earlier.engine != method.engine
     if switched:
@@ -117,7 +117,7 @@ def claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
     if isinstance(settings, MezoSettings) and exists(path):
         check_belongs(read_update_log(path), job, settings, path)
     if switched:
-        save_job(job, out / "job.toml")
+        save_job(job, out / JOB_FILE)
         write_whole(out / ENGINE_FILE, to_json(method_of(method.engine, settings)))
     return settings
 
@@ -131,8 +131,8 @@ def refuse_folder_in_use(out: Path, resume: bool) -> None:
         if resume:
             raise UserError(str(out), why, remedy)
         return
-    names = names_in(out) if is_folder(out) else {"job.toml"}
-    begun = is_folder(out) and "job.toml" in names
+    names = names_in(out) if is_folder(out) else {JOB_FILE}
+    begun = is_folder(out) and JOB_FILE in names
     free = all(name in (LR_FILE, ENGINE_FILE) or is_leftover(name) for name in names)
     if (resume and not begun and not (free and ENGINE_FILE in names)) or (not resume and not free):
         raise UserError(str(out), why, remedy)
@@ -147,7 +147,7 @@ def given_back_if_refused(out: Path, resume: bool) -> Iterator[None]:
     except UserError:
         log = out / restore.LOSS_LOG
         if not resume and not (exists(log) and log.stat().st_size):
-            for name in ("engine.json", "job.toml", restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
+            for name in (ENGINE_FILE, JOB_FILE, restore.LOSS_LOG, restore.UPDATE_LOG, TRACE):
                 with suppress(OSError):  # it is not there, or cannot be taken away
                     (out / name).unlink()
         raise

@@ -31,6 +31,7 @@ from harness.signals import on_first_signal
 from harness.training import restore
 from harness.training.led_engine import STEP
 from harness.training.update_log import UpdateLog, cannot_write
+from profiles.units import DAY_S, format_seconds
 
 BEST, SUMMARY, BOARD = "best", "summary.json", "tensorboard"
 RECENT = 50
@@ -211,6 +212,8 @@ def _note(course: Course, loss: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds >= 2 * DAY_S:
+        return format_seconds(seconds)
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

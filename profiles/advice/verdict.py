@@ -130,8 +130,13 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
         if not plan.available and plan.why_not is not None:
             why, _, instead = plan.why_not.partition(INSTEAD)
             by_reason.setdefault(why, {}).setdefault(instead, []).append(plan.engine)
+    alone = {engine for engine, way in ways_out.items() if way.flags.count("--") == 1}
     for reason, dtypes in by_reason.items():
-        typed = [f"--dtype {dtype} for {words.names(names)}" for dtype, names in dtypes.items() if dtype]
+        typed = [
+            f"--dtype {dtype} for {words.names(enough)}"
+            for dtype, names in dtypes.items()
+            if dtype and (enough := [each for each in names if each in alone])
+        ]
         everybody = words.names([each for names in dtypes.values() for each in names])
         said.append(f"{everybody}: {reason}{': type ' if typed else ''}{', '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]

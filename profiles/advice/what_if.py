@@ -9,7 +9,7 @@ from typing import Any
 from engines.costs.exact_offload import FUSED_ADAM_BYTES
 from engines.shapes import Workload
 from profiles.advice import words
-from profiles.advice.outlook import JobToPlan, Outlook, outlook
+from profiles.advice.outlook import BestMethod, JobToPlan, Outlook, outlook
 from profiles.machine import Cpu, Figure, Machine
 from profiles.planning.recommend import plan_engine
 from profiles.rates import COPY_WRITE_ALLOCATE
@@ -132,12 +132,13 @@ def _times(figure: Figure, factor: float) -> Figure:
 def what_if(
     now: Outlook, machine: Machine, job: JobToPlan, others: Mapping[str, Machine]
 ) -> tuple[WhatIf, ...]:
-    """A row for each upgrade and each of the `others` as a whole. `now` is the outlook without any."""
-    tried = [
-        *upgrades(machine),
-        *(Upgrade(name=name, machine=each, lifts=LIMITS) for name, each in others.items()),
-    ]
-    return tuple(_row(now, each, job) for each in tried)
+    """A row for each upgrade and each of the `others` as a whole. `now` is the outlook without any: what is
+    added may lie idle, so no upgrade is worse."""
+    replaced = [Upgrade(name=name, machine=each, lifts=LIMITS) for name, each in others.items()]
+    return (
+        *(_row(now, each, job, may_lie_idle=True) for each in upgrades(machine)),
+        *(_row(now, each, job) for each in replaced),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +177,10 @@ def _with_upgrade(job: JobToPlan, upgrade: Upgrade) -> JobToPlan:
     return job
 
 
-def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan) -> WhatIf:
+def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan, *, may_lie_idle: bool = False) -> WhatIf:
     then = outlook(upgrade.name, upgrade.machine, _with_upgrade(job, upgrade))
+    if may_lie_idle:
+        then = replace(then, first=_sooner(now.first, then.first), zeroth=_sooner(now.zeroth, then.zeroth))
     return WhatIf(
         outlook=then,
         first_saved_s=_saved(now, then, "first"),
@@ -191,6 +194,14 @@ def _in_twice_as_many(workload: Workload, ranks: int) -> Workload:
     if workload.accumulation % (2 * ranks) == 0 or workload.batch_size % 2:
         return workload
     return replace(workload, batch_size=workload.batch_size // 2, accumulation=2 * workload.accumulation)
+
+
+def _sooner(now: BestMethod | None, then: BestMethod | None) -> BestMethod | None:
+    """`then`, but for one that is later than what can be had now."""
+    if now is None or now.seconds is None:
+        return then
+    later = then is None or then.seconds is None or then.seconds[1] > now.seconds[1]
+    return now if later else then
 
 
 def _saved(now: Outlook, then: Outlook, kind: str) -> float | None:

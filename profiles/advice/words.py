@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from profiles.advice.money import Cost
-from profiles.units import format_bytes, format_seconds
+from profiles.units import DAY_S, YEAR_S, format_bytes, format_seconds
 
 NO_PRICE = "none: a step is on the same sequences"
 UPGRADE_VRAM = "GPU memory"
@@ -57,20 +57,20 @@ def upgrade_ram(before: int, after: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Hours up to two days, then days."""
-    if seconds is None:
-        return "not known"
-    if seconds >= 48 * 3600:
-        return f"{seconds / 86400:.3g} days"
-    return format_seconds(seconds)
+    return "not known" if seconds is None else format_seconds(seconds)
+
+
+UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "days": DAY_S, "years": YEAR_S}
 
 
 def band(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return "-"
     first, last = duration(low), duration(high)
-    number, _, unit = first.partition(" ")
-    return f"{number if last.endswith(f' {unit}') else first} to {last}"
+    unit = last.partition(" ")[2]
+    if first.endswith(f" {unit}"):
+        return f"{first.partition(' ')[0]} to {last}"
+    return f"{low / UNIT_S[unit]:.3g} to {last}" if low >= high / 100 else f"{first} to {last}"
 
 
 def money(cost: Cost) -> str:

@@ -15,6 +15,8 @@ from profiles.figures import FigureRow, Format, reported
 from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes, format_flops, format_rate
 
+ORIGINS = "m measured, d from a datasheet. GB is 1e9 bytes, GiB is 2**30."
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedValue:
@@ -64,7 +66,7 @@ def comparison_table(first: Machine, second: Machine) -> RenderableType:
     for row, found in zip(reported(), compare_machines(first, second), strict=True):
         ratio = "-" if found.ratio is None else f"{found.ratio:.2f}x"
         table.add_row(row.label, _cell(found.first, row.form), _cell(found.second, row.form), ratio)
-    return Group(table, Text("m measured, d from a datasheet. GB is 1e9 bytes, GiB is 2**30."))
+    return Group(table, Text(ORIGINS))
 
 
 def _cell(value: ComparedValue, form: Format) -> Text:
@@ -105,15 +107,17 @@ def list_machine(name: str, machine: Machine) -> Listed:
 
 
 def list_table(machines: Sequence[Listed]) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAVY)
-    headings = ("name", "origin", "GPU memory", "link", "host to GPU", "bf16 product", "cores", "host memory")
+    """A row for each; the machine in its own words last, which takes what is left of the line."""
+    table = Table(box=box.SIMPLE_HEAVY, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
+    headings = ("name", "GPU memory", "link", "host to GPU", "bf16 product", "cores", "host memory")
     for heading in headings:
         table.add_column(heading, no_wrap=heading == "name", overflow="fold")
     table.add_column("machine", overflow="fold")
     for one in machines:
+        rate = ComparedValue(value=one.h2d_bytes_per_s, origin=one.origin)
         table.add_row(
-            one.name, one.origin, format_bytes(one.gpu_bytes), one.link, format_rate(one.h2d_bytes_per_s),
+            one.name, format_bytes(one.gpu_bytes), one.link, _cell(rate, format_rate),
             format_flops(one.matmul_bf16_flops), str(one.cores), format_bytes(one.memory_bytes),
             Text(one.machine),
         )  # fmt: skip
-    return table
+    return Group(table, Text(ORIGINS))

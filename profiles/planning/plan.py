@@ -57,6 +57,9 @@ class Prediction:
     """What torch reserves for those tensors, as it counts it; `None`: without a GPU, or a plan of before."""
     gpu_bytes_beside: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """What the process takes of the GPU beside that: CUDA's context, its graphs, tables of pinned pages."""
+    needed_gpu_bytes: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """GPU memory by which it is decided whether the plan fits: what torch cannot do without, with what may be
+    missing of it, and what is beside; `None`: without a GPU, or a plan of before."""
     floor_s: float | None = None
     """What no engine of this method can undercut with these settings on this machine: the largest of four
     times, each with its resource alone. Reading from disk; uploads at the rate of a link that does nothing

@@ -32,6 +32,7 @@ from profiles.rates import (
     link_parts,
     matmul,
     memory_copy,
+    off_grid_times,
     rate_of,
 )
 from profiles.units import format_elements, format_flops, format_rate
@@ -57,12 +58,9 @@ its last row of tiles leaves a part of it idle. Where the profile does not say i
 GRAPH_KERNEL_S = 2.3e-6
 """Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
 
-TRITON_LAUNCH_S = 30e-6
-"""Time the CPU needs to start a Triton kernel by Triton's own Python, where the profile does not say it.
-Estimated; one of a profile of OPT-1.3B took 204 us (`engines.kernels.triton_launch`)."""
-
-OWN_LAUNCH_SHARE = 0.4
-"""What engines' own way of starting a Triton kernel takes of that (`engines.kernels.triton_launch`)."""
+TRITON_LAUNCH_S, OWN_LAUNCH_SHARE = 30e-6, 0.4
+"""Time the CPU needs to start a Triton kernel by Triton's own Python, where the profile does not say it
+(estimated), and what engines' own way takes of that (`engines.kernels.triton_launch`)."""
 
 GAUSSIAN_BYTES = 6
 """Drawing one normal number on a GPU takes as long as moving this many bytes: 0.9 ms for 629 M numbers at
@@ -109,6 +107,7 @@ class _Rates:
     """Seconds per unit of each resource; only those that the traffic needs are looked up."""
 
     per_flop_s: float
+    off_grid_times: float
     per_product_s: float
     per_kernel_s: float
     per_gpu_byte_s: float
@@ -289,7 +288,7 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
     """Of the work alone, launches left out."""
     flops = layer.gpu_forward_flops + layer.gpu_backward_flops
     work = (
-        flops * rates.per_flop_s
+        (flops + layer.off_grid_flops * (rates.off_grid_times - 1)) * rates.per_flop_s
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
         + layer.products * rates.per_product_s
@@ -332,6 +331,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     adam_factor = cpu_adam(machine, traffic)[1]
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: matmul(machine, workload), 1 / efficiency),
+        off_grid_times=off_grid_times(machine),
         per_product_s=product_s,
         per_kernel_s=kernel_s,
         per_gpu_byte_s=memory_byte_s,

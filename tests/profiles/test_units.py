@@ -104,6 +104,10 @@ def test_any_text_is_a_size_or_a_users_mistake(text: str) -> None:
         (format_seconds(119), "119 s"),
         (format_seconds(252), "4.20 min"),
         (format_seconds(7200), "2.00 h"),
+        (format_seconds(47.9 * 3600), "47.9 h"),
+        (format_seconds(48 * 3600), "2.00 days"),
+        (format_seconds(7624 * 3600), "318 days"),
+        (format_seconds(-730 * 86400), "-2.00 years"),
     ],
 )
 def test_formats(shown: str, text: str) -> None:

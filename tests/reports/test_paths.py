@@ -54,6 +54,7 @@ def job(tmp_path: Path) -> list[object]:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_sweep_and_its_report_tell_names_and_not_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: list[object]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_sweep_and_its_report_tell_names_and_not_places(
     assert files_with(tmp_path, out) == NEEDED_TO_RESUME
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_run_that_failed_keeps_a_log_without_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: list[object]
 ) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import psutil
+from forked import children
 
 
 def children_left() -> list[psutil.Process]:
-    """Processes that this one started and that still run, but for torch's own compilers.
+    """Processes that this one started and that still run, but for torch's compilers and that which forks.
 
     The first compiled model of a test process starts a server of compile workers that lives as long as the
     process does, so it may belong to an earlier test.
     """
-    return [child for child in psutil.Process().children(recursive=True) if not _compiles(child)]
+    return [child for child in children() if not _compiles(child)]
 
 
 def _compiles(process: psutil.Process) -> bool:

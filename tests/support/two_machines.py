@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from forked import forked
+
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "10.9.0.1", "10.9.0.2"
 
@@ -58,15 +60,16 @@ def train(inside: list[str], out: Path, steps: int, arguments: list[str]) -> dic
     environment = os.environ | {
         "MASTER_ADDR": FIRST, "MASTER_PORT": "29511", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [*begin, *command, "--out", str(out / f"{steps}-{rank}")],
-            env=environment | {"NODE_RANK": str(rank), "GLOO_SOCKET_IFNAME": f"v{rank}"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, begin in enumerate(([], inside))
-    ]
+    with forked():
+        ranks = [
+            subprocess.Popen(
+                [*begin, *command, "--out", str(out / f"{steps}-{rank}")],
+                env=environment | {"NODE_RANK": str(rank), "GLOO_SOCKET_IFNAME": f"v{rank}"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank, begin in enumerate(([], inside))
+        ]
     told = [each.communicate(timeout=300)[0].strip() for each in ranks]
     codes = [each.returncode for each in ranks]
     assert codes == [0, 0], (codes, told)

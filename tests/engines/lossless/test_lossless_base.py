@@ -167,7 +167,8 @@ def test_frozen_weights_that_were_damaged_end_the_step(device: str) -> None:
             use()
 
     uses: list[Callable[[], object]] = [
-        lambda: damaged.step(batches), lambda: damaged.evaluate(batches), lambda: list(damaged.weights())
+        lambda: damaged.step(batches), lambda: damaged.evaluate(batches), lambda: list(damaged.weights()),
+        lambda: list(damaged.generate(GenerationRequest(prompts=((1, 2),), max_new_tokens=2))),
     ]  # fmt: skip
     for use in uses:
         with pytest.raises(UserError, match=r"are not those that were stored.*last checkpoint") as raised:

@@ -59,9 +59,12 @@ ALIKE = (("binomial", "last:2"), ("binomial", "lora"), ("1.5-spsa", "last:2"))
 """Which part is trained makes no difference that `signs` and `fzoo` would not show."""
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+MODELS = [("opt", True), ("opt", False), ("gpt2", True), ("llama", False), ("roberta", False)]
+
+
 @pytest.mark.parametrize(
-    ("family", "tied"), [("opt", True), ("opt", False), ("gpt2", True), ("llama", False), ("roberta", False)]
+    ("family", "tied", "accumulation"),
+    [*((*model, 1) for model in MODELS), ("opt", True, 2), ("roberta", False, 2)],
 )
 @pytest.mark.parametrize(
     ("paper", "train"),
@@ -71,7 +74,7 @@ def test_equals_a_plain_loop_over_the_paper(
     paper: str, family: str, tied: bool, train: str, accumulation: int
 ) -> None:
     """The model's own loss sums in another order, so losses agree to rounding; given the engine's projected
-    gradient, weights agree bit for bit."""
+    gradient, weights agree bit for bit. How micro-batches add up does not hang on the decoder."""
     settings = replace(PAPERS[paper], train=train, lora_rank=3)
     blueprint = tiny_blueprint(family, tied)
     loop = PlainLoop(settings, blueprint)
@@ -79,7 +82,8 @@ def test_equals_a_plain_loop_over_the_paper(
     where = context()
     workload = replace(where.workload, batch_size=size, accumulation=accumulation)
     made = engine(blueprint, settings, replace(where, workload=workload))
-    groups = in_groups(tiny_batches(5 * accumulation, family, batch_size=size), accumulation)
+    steps = 5 if paper in ("lozo", "grzo") else 3  # the windows of two
+    groups = in_groups(tiny_batches(steps * accumulation, family, batch_size=size), accumulation)
     start = snapshot(made)
     loop.steps_beside(made, groups)
     loop.assert_same_weights(made)

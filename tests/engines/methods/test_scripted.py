@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
+from forked import children
 
 from engines import load_engine
 from engines.base import Context
@@ -88,11 +88,11 @@ def test_saves_and_goes_on(tmp_path: Path) -> None:
 def test_children_wait_and_end_with_the_engine() -> None:
     engine = make_engine(num_children=2)
     engine.setup(None)
-    children = psutil.Process().children()
-    assert len(children) == 2
+    started = children(recursive=False)
+    assert len(started) == 2
     engine.close()
     engine.close()
-    assert not any(child.is_running() for child in children)
+    assert not any(child.is_running() for child in started)
 
 
 MEASURES_ITSELF = """

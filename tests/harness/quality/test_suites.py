@@ -120,6 +120,7 @@ def test_a_suite_that_is_wrong_is_refused_in_one_line(tmp_path: Path, text: str,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
 def test_a_toy_suite_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, as every study is, with fewer and shorter ones than usual; a second call has
     nothing left to do."""

@@ -25,6 +25,7 @@ from harness.runs.worker import Request
 from profiles.documents import to_json
 
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 
 def request(folder: Path, steps: int = 4) -> Request:
@@ -83,9 +84,8 @@ def test_a_worker_that_is_killed_leaves_nothing(folder: Path, tmp_path: Path) ->
     def kill(event: object) -> None:
         if isinstance(event, Stepped) and event.sample.step == 2:
             held.append(holders(folder))
-            for process in psutil.Process().children(recursive=True):
-                if "harness.runs.worker" in process.cmdline():
-                    process.send_signal(signal.SIGKILL)
+            for pid in held[0]:
+                os.kill(pid, signal.SIGKILL)
 
     outcome = start(folder, tmp_path / "out", steps=100_000, on_event=kill)
     assert (outcome.end_state, outcome.end_reason) == ("crash", "killed by signal 9")

@@ -134,6 +134,7 @@ def test_what_was_not_held_is_said(changes: dict[str, object], told: list[str]) 
     assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_compare_emulates_and_records_asked_and_measured_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

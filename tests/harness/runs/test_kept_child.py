@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from forked import children
+from left_behind import children_left
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 from settings_given import given_settings
 
@@ -26,7 +27,7 @@ def kept() -> Iterator[KeptChild]:
     child = KeptChild()
     yield child
     child.close()
-    assert psutil.Process().children(recursive=True) == []
+    assert children_left() == []
 
 
 def start(
@@ -37,7 +38,7 @@ def start(
 
 
 def workers() -> list[int]:
-    return [each.pid for each in psutil.Process().children() if "harness.runs.worker" in each.cmdline()]
+    return [each.pid for each in children(recursive=False) if "harness.runs.worker" in each.cmdline()]
 
 
 def test_runs_share_a_process_and_nothing_else(tmp_path: Path, kept: KeptChild) -> None:
@@ -92,6 +93,7 @@ def test_ctrl_c_is_an_outcome_and_ends_the_process(tmp_path: Path, kept: KeptChi
     assert workers() == []
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_method_learns_the_same_behind_others_in_one_process(tmp_path: Path, kept: KeptChild) -> None:
     """Bit for bit: nothing of a run reaches the next one, whatever engine it is of."""
     given: dict[str, Any] = {

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import children
 from left_behind import children_left
 from scripted_runs import SHAPE, scripted_job, scripted_plan
 
@@ -185,7 +186,7 @@ def test_time_limit_kills_grandchildren_too(tmp_path: Path, time_out: Callable[[
 
     def look(event: SettingUp | Stepped) -> None:
         if isinstance(event, Stepped):
-            family.extend(psutil.Process().children(recursive=True))
+            family.extend(children())
             time_out()
 
     outcome = start(tmp_path, on_event=look, fail_at_step=1, failure="hang", num_children=2)
@@ -243,7 +244,7 @@ def test_a_child_killed_while_memory_was_nearly_gone(tmp_path: Path, monkeypatch
 def test_other_signals_are_named(tmp_path: Path) -> None:
     def shoot(event: SettingUp | Stepped) -> None:
         if isinstance(event, Stepped):
-            for process in psutil.Process().children():
+            for process in children(recursive=False):
                 if "harness.runs.worker" in process.cmdline():
                     process.send_signal(signal.SIGBUS)
 

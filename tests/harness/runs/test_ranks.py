@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import children, is_rank
 from left_behind import children_left
 from ranks import in_ranks
 from scripted_runs import SHAPE, scripted_job, scripted_plan
@@ -26,8 +26,10 @@ from engines.transfer.process_group import ProcessGroup, meet, mesh_of
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.launch import Outcome, Stepped, launch_child
-from harness.runs.ranks import check_alike, check_gpus, place_of, places, what_to_agree_on
+from harness.runs.ranks import RENDEZVOUS, check_alike, check_gpus, place_of, places, what_to_agree_on
 from harness.runs.worker import Request, execute
+
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +70,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
 
     def hold_up(event: object) -> None:
         if isinstance(event, Stepped) and event.sample.step == 1:
-            for process in psutil.Process().children():
-                if process.environ().get("RANK") == "1":
+            for process in children(recursive=False):
+                if is_rank(process, 1):
                     process.suspend()
                     threading.Timer(0.5, process.resume).start()
 
@@ -89,8 +91,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_its_reason(tmp_path: Path) ->
 
     def kill(event: object) -> None:
         if isinstance(event, Stepped) and event.sample.step == at:
-            for process in psutil.Process().children():
-                if process.environ().get("RANK") == str(victim):
+            for process in children(recursive=False):
+                if is_rank(process, victim):
                     process.send_signal(signal.SIGKILL)
 
     outcome = launch(tiny_request(2, steps=100_000), tmp_path, kill)
@@ -144,6 +146,22 @@ def test_the_places_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (2, 6, 0, "tcp://host:29500"),
         (3, 6, 1, "tcp://host:29500"),
     ]
+
+
+def test_torchrun_starts_one_command_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name for a machine's number does; several commands on one are refused in one line."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1"}
+    for name, value in ({"MASTER_ADDR": "host", "MASTER_PORT": "29500"} | torchrun).items():
+        monkeypatch.setenv(name, value)
+    assert [place.rank for place in places(Limits(gpus=2, nodes=2), tmp_path)] == [2, 3]
+    check_gpus(Limits())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"torchrun --nproc-per-node 2: .*set --nproc-per-node 1, and --gpus 2"
+    ):
+        check_gpus(Limits())
+    monkeypatch.setenv(RENDEZVOUS, "file:///tmp/ranks")  # as our own processes have it
+    check_gpus(Limits())
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ MEASURED = (
 )  # fmt: skip
 
 
+@pytest.mark.usefixtures("forked_programs")
 def test_a_measurement_is_a_record_of_every_round(call: Call, profile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = (*MEASURED, "--profile", profile, "--out", out, "--set", "resident_blocks=1")

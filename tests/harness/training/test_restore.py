@@ -480,7 +480,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def begin() -> Iterator[Start]:
+def begin(forked_programs: None) -> Iterator[Start]:
     """Starts a run in a process that does not outlive the test, not even if it was stopped."""
     started = []
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from forked import children, is_rank
 from left_behind import children_left
 from train_runs import ROOT, assert_same_weights, log_of, run, tiny_job, weights_of
 
@@ -26,7 +27,7 @@ def job_of(gpus: int, **fields: Any) -> Job:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Any:
+def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch, forked_programs: None) -> Any:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     yield
     assert children_left() == []
@@ -92,8 +93,8 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     out = tmp_path / "out"
 
     def kill() -> None:
-        for child in psutil.Process().children():
-            if child.environ().get("RANK") == "1":
+        for child in children():
+            if is_rank(child, 1):
                 child.send_signal(signal.SIGKILL)
 
     with monkeypatch.context() as patched:
@@ -108,14 +109,43 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
 
 
 @pytest.mark.slow
+def test_torchrun_starts_a_command_on_each_machine(tmp_path: Path) -> None:
+    """Itself, twice on this one, as for two machines, each with two processes: the run is that of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = [
+        "--model=tiny-llama", "--random-weights", "--engine=zo2", "--batch-size=1", "--seq-len=32",
+        "--dtype=fp32", "--accumulation=4", "--steps=4", "--set=learning_rate=1e-5", "--quiet",
+    ]  # fmt: skip
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun, harness = [sys.executable, "-m", "torch.distributed.run"], ["-m", "harness", "run"]
+    processes = [
+        subprocess.Popen(
+            [*torchrun, *where, f"--node-rank={node}", *harness, *job, "--nodes=2", "--gpus=2",
+             f"--out={tmp_path / str(node)}"],
+            cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert not (tmp_path / "1").exists()
+    alone = [sys.executable, "-P", *harness, *job, f"--out={tmp_path / 'alone'}"]
+    assert subprocess.run(alone, cwd=ROOT, capture_output=True).returncode == 0
+    assert log_of(tmp_path / "0") == log_of(tmp_path / "alone")
+    assert_same_weights(tmp_path / "0" / "model", tmp_path / "alone" / "model")
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_without_another_says_so_and_ends(tmp_path: Path) -> None:
     """As in what cannot be interrupted: here the process that leads sleeps when the other is killed."""
     script = f"""
 import sys, time
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]!r}
 from pathlib import Path
-import psutil
 from dataclasses import replace
+from forked import children, is_rank
 from train_runs import run, tiny_job
 from harness.records.job import Limits
 from harness.progress import Progress
@@ -123,7 +153,7 @@ from harness.training import leader
 leader.LOOK_S = leader.HANGING_S = 0.2
 def hang(self, what, done, total, **more):
     if what == "training" and done == 2:
-        [child.kill() for child in psutil.Process().children() if child.environ().get("RANK") == "1"]
+        [child.kill() for child in children() if is_rank(child, 1)]
         time.sleep(60)
 Progress.update = hang
 job = replace(tiny_job(accumulation=2, batch_size=1), limits=Limits(gpus=2))

@@ -344,6 +344,7 @@ def test_a_subspace_as_large_as_the_matrices_is_pointed_out(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
 def test_kill_and_ctrl_c_cost_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> None:
     """One run is killed by signal 9, resumed, stopped by Ctrl-C, resumed: the weights are those of a run
     that was left alone."""

@@ -46,6 +46,7 @@ def on_two_machines(*arguments: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
+@pytest.mark.usefixtures("forked_programs")
 def test_two_machines_take_the_steps_of_one_and_send_a_few_bytes(tmp_path: Path) -> None:
     """What the link carries is the same in every step and does not know the model: losses and orders, as many
     bytes as plans say."""
@@ -65,6 +66,7 @@ def test_two_machines_take_the_steps_of_one_and_send_a_few_bytes(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
+@pytest.mark.usefixtures("forked_programs")
 def test_two_machines_send_each_other_the_cores_of_lsp(tmp_path: Path) -> None:
     """And take the steps of one process that accumulates; the link carries what plans say."""
     asked = {"learning_rate": 1e-3, "d": 16, "check_every": 100}
