@@ -190,7 +190,7 @@ def meaning_of(name: str, records: Records, said: Mapping[str, str], named: Name
     texts = {role: meaning.column_of[role] for role in roles} | {column: column for column in named}
     return replace(
         meaning,
-        column_of=texts | meaning.column_of,  # the label last, what its classes are follows it
+        column_of={**texts, **meaning.column_of},  # the label last, what its classes are follows it
         passed_over=tuple(column for column in meaning.passed_over if column not in named),
         named=named,
     )
