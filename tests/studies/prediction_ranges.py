@@ -102,9 +102,7 @@ def main(folders: Sequence[str]) -> int:
     told = [*published(), *(step for folder in grids for step in of_grid(folder))]
     steps = [step for step in told if step is not None]
     asked = held = 0
-    print(
-        "| factor | steps | inside | nine in ten need | family left out: inside, of, others' factor |"
-    )
+    print("| factor | steps | inside | nine in ten need | family left out: inside, of, others' factor |")
     print("| ---: | ---: | ---: | ---: | --- |")
     for factor in sorted({each.factor for each in steps}):
         of_class = [each for each in steps if each.factor == factor]
