@@ -4,10 +4,9 @@ The ranks have one set of files (`engines.offload.shared_files`) and one ring of
 registered with its GPU. In a pass that all of them make they need the same chunks in the same order. These
 are counted on, pass after pass; a chunk's *turn* is that count, its slot in the ring the turn's remainder.
 
-    who reads       Chunk c of a pass is read by rank c modulo their number, by threads that go from one turn
-                    of that rank to its next, whatever its main thread does: also while that waits for others.
-    when            A thread reads a turn into its slot once every rank has brought up the turn that was there
-                    before, and that had been read.
+    who reads       Each chunk of a pass is for the rank that has least to read of those before it. Threads of
+                    that rank go from one of its turns to the next, also while its main thread waits.
+    when            A turn is read once all ranks have brought up what its slot had, and that had been read.
     how others know A number for each slot says which turn was read into it last.
     when it is free A number for each rank says how many turns it has brought up: a thread waits for the end
                     of each upload, in their order, and counts.
@@ -28,8 +27,7 @@ Where weights are loaded or updates replayed, which the ranks may do one after t
 for all; before the next pass they meet as well.
 
 A rank that is killed leaves nothing behind: files and memory have no names. The others hear of it while they
-wait. On the host: the ring, once. HAZARD: a slot's memory is read into by other processes than that which
-copies from it; only the numbers say when.
+wait. HAZARD: other processes read into a slot than that which copies from it; only the numbers say when.
 """
 
 from __future__ import annotations
@@ -112,6 +110,8 @@ class SharedDisk:
         self._ranges: list[ByteRange] = []
         self._chunks: list[DiskChunk] = []
         """Of a pass."""
+        self._reader_of: list[int] = []
+        """Of each chunk, the rank that reads it."""
         self._ends: list[int] = []
         """Of each range, the chunk after its last."""
         self._generation = 0
@@ -279,6 +279,12 @@ class SharedDisk:
         for each in self._ranges:
             self._chunks += cut(self.files.spans(each[0]), each)
             self._ends.append(len(self._chunks))
+        bytes_of = [0] * self._size
+        self._reader_of = []
+        for chunk in self._chunks:
+            reader = bytes_of.index(min(bytes_of))
+            bytes_of[reader] += chunk.num_bytes
+            self._reader_of.append(reader)
         self._next_turn = -1
         self._is_resting.clear()
         count = max(1, -(-self._depth // self._size))
@@ -286,30 +292,30 @@ class SharedDisk:
             threading.Thread(target=self._read_ahead, name=f"disk shared_{i}", daemon=True)
             for i in range(count)
         ]
-        for reader in self._readers:
-            reader.start()
+        for thread in self._readers:
+            thread.start()
 
     def rest(self) -> None:
-        """Read nothing ahead until `start`, for which all ranks have to come to rest. `rewind` follows."""
+        """Read nothing ahead until `start`. `rewind` follows."""
         self._is_resting.set()
-        for reader in self._readers:
-            reader.join()
+        for thread in self._readers:
+            thread.join()
         self._readers = []
         self._releases.submit(lambda: None).result()
 
     def _reads(self, number: int) -> bool:
         """Whether it is this rank that reads the chunk of that number in a pass."""
-        return number % self._size == self._rank
+        return self._reader_of[number] == self._rank
 
     def _read_ahead(self) -> None:
-        """One of some threads: the turns of this rank, each as soon as there is room."""
+        """A thread: turns of this rank, each as soon as there is room."""
         try:
             while (turn := self._take_turn()) is not None:
                 slot = turn % self._num_slots
                 self._alone.read_into(self._memory[slot], self._chunks[turn % len(self._chunks)])
                 self._numbers.store(READ, slot, self._mark(turn))
         except PeerLost:
-            return  # the main thread finds it out, too
+            return  # the main thread hears of it, too
         except OSError as error:
             self._numbers.store(FAILED, self._rank, error.errno or errno.EIO)
         except BaseException:
@@ -319,7 +325,7 @@ class SharedDisk:
     def _take_turn(self) -> int | None:
         """The next one that this rank reads, once its slot is free; `None`: no more is to be read."""
         with self._turns:  # one waits, and the others for it
-            if self._rank >= len(self._chunks):
+            if self._rank not in self._reader_of:
                 return None
             turn = self._next_turn + 1
             while not self._reads(turn % len(self._chunks)):

@@ -14,7 +14,7 @@ from harness.recommendation import Recommendation
 from profiles.advice import words
 from profiles.advice.amount import Amount
 from profiles.advice.job_time import JobForecast
-from profiles.advice.outlook import BestMethod
+from profiles.advice.outlook import BestMethod, Outlook
 from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
 from profiles.language import translated, word
@@ -177,9 +177,13 @@ def _way_text(way: WayOut | None, blocked: str | None, amount: Amount | None) ->
     return f"way out: {way.flags}{time}; quality: {way.quality}"
 
 
-def _best_cells(best: BestMethod | None, saved_s: float | None) -> list[str]:
+def _nothing(answer: Recommendation, there: Outlook) -> str:
+    return "nothing fits" if there.has_dtype else f"no {answer.job.dtype}"
+
+
+def _best_cells(best: BestMethod | None, saved_s: float | None, nothing: str) -> list[str]:
     if best is None:
-        return ["nothing fits", "-", "-"]
+        return [nothing, "-", "-"]
     time = "not predicted" if best.seconds is None else words.duration(best.seconds[1])
     return [best.engine, time, "-" if saved_s is None else _saved(saved_s)]
 
@@ -200,7 +204,8 @@ def _what_if_table(answer: Recommendation) -> Table:
     for row in answer.what_if:
         cells: list[str] = []
         for order in kinds:
-            cells += _best_cells(getattr(row.outlook, order), getattr(row, f"{order}_saved_s"))
+            best, saved_s = getattr(row.outlook, order), getattr(row, f"{order}_saved_s")
+            cells += _best_cells(best, saved_s, _nothing(answer, row.outlook))
         table.add_row(*_cells([row.outlook.name, *cells, ", ".join(row.now_fits) or "-"]))
     return table
 
@@ -244,7 +249,7 @@ def _answers_table(answer: Recommendation) -> Table:
         for order in kinds:
             best, met = getattr(each.outlook, order), getattr(each, order)
             if best is None:
-                cells += ["nothing fits", "-", "-", "no"]
+                cells += [_nothing(answer, each.outlook), "-", "-", "no"]
             elif best.seconds is None:
                 cells += [best.engine, "not predicted", "-", met]
             else:

@@ -2,8 +2,8 @@
 
 A rank is a process with one GPU. Its environment has the variables that torchrun sets (RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE), so that libraries find what they look for. On one machine the ranks meet at a
-file of the run; on several, where a person starts the same command on each, at MASTER_ADDR and MASTER_PORT,
-the machine's number being NODE_RANK, as torchrun has them too.
+file of the run; on several, where a person or torchrun starts the same command on each, at MASTER_ADDR and
+MASTER_PORT, the machine's number being NODE_RANK, or torchrun's own name for it, GROUP_RANK.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def places(limits: Limits, folder: Path) -> list[RankPlace]:
 
 def _rendezvous(nodes: int, environment: Mapping[str, str]) -> tuple[int, str]:
     """This machine's number, and where the ranks meet. Raises `UserError`."""
+    environment = {"NODE_RANK": environment.get("GROUP_RANK", ""), **environment}
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
         if not environment.get(name, "").strip():
             raise UserError(
@@ -100,6 +101,17 @@ def _rendezvous(nodes: int, environment: Mapping[str, str]) -> tuple[int, str]:
     return int(node), f"tcp://{address}:{port}"
 
 
+def _refuse_copies(limits: Limits, environment: Mapping[str, str]) -> None:
+    """Raises `UserError` where torchrun has started this command several times on this machine."""
+    count = environment.get("LOCAL_WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in environment and RENDEZVOUS not in environment and count != "1":
+        raise UserError(
+            f"torchrun --nproc-per-node {count}",
+            "starts the command more than once, which starts its own processes",
+            f"set --nproc-per-node 1, and --gpus {max(int(count), limits.gpus)}",
+        )
+
+
 def place_of(environment: Mapping[str, str]) -> RankPlace:
     """Of a process with the `RankPlace.environment`."""
     rank, size, local_rank, local_size = (
@@ -111,8 +123,10 @@ def place_of(environment: Mapping[str, str]) -> RankPlace:
 
 
 def check_gpus(limits: Limits, engines: Sequence[str] = ()) -> None:
-    """Raises `UserError` where this machine has fewer GPUs than `limits.gpus`, or one of the `engines`, which
-    were named, runs on one alone. Without any GPU, ranks share the CPU."""
+    """Raises `UserError` where this machine has fewer GPUs than `limits.gpus`, one of the `engines`, which
+    were named, runs on one alone, or torchrun has started this command several times. Without any GPU, ranks
+    share the CPU."""
+    _refuse_copies(limits, os.environ)
     count = len(visible_gpus())
     if 0 < count < limits.gpus:
         raise UserError(

@@ -14,6 +14,7 @@ from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ran
 from profiles.machine import Machine
 from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
 from profiles.planning.plan import Plan
+from profiles.planning.precisions import why_no_dtype
 from profiles.planning.ranks import context_of_a_rank
 from profiles.planning.recommend import plan_engine
 
@@ -89,6 +90,8 @@ class Outlook:
     zeroth: BestMethod | None
     fits: tuple[str, ...]
     """Methods that fit."""
+    has_dtype: bool = True
+    """The job's precision is one of the machine's."""
 
 
 def outlook(name: str, machine: Machine, job: JobToPlan) -> Outlook:
@@ -105,6 +108,7 @@ def outlook(name: str, machine: Machine, job: JobToPlan) -> Outlook:
         first=_best("first", forecasts),
         zeroth=_best("zeroth", forecasts),
         fits=tuple(plan.engine for plan in plans),
+        has_dtype=why_no_dtype(machine, job.workload.dtype) is None,
     )
 
 

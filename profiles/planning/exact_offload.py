@@ -29,8 +29,14 @@ WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
 OUTER: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
 """In the order in which they are tried."""
 
+FEWEST_GRADIENT_BLOCKS = 2
+TRIED = ("moments", "weights", "outer", "hidden_states", "gradient_blocks")
+
 WAYS_OUT = (
-    SettingChange(values={"gradient_blocks": 2}, quality="none: the backward pass waits for the CPU instead"),
+    SettingChange(
+        values={"gradient_blocks": FEWEST_GRADIENT_BLOCKS},
+        quality="none: the backward pass waits for the CPU instead",
+    ),
 )
 
 
@@ -43,7 +49,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
-    for key in ("moments", "weights", "outer", "hidden_states", "disk_blocks", "disk_weights"):
+    for key in (*TRIED, "disk_blocks", "disk_weights"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
             changes = {key: getattr(settings, key)}
@@ -121,8 +127,8 @@ def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
     """What fits: the least approximate moments; then the fastest of where weights and hidden states are and
-    of who updates what is outside the blocks, the GPU where it is as fast. Where nothing fits, what takes the
-    least of the memory that is too small."""
+    of who updates what is outside the blocks, the GPU where it is as fast; on disk if need be, and last with
+    room for few gradients. Where nothing fits, what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
@@ -152,6 +158,10 @@ def _fitting(
             ]
             if on_disk:
                 return _fastest(context, on_disk)
+    if "gradient_blocks" not in given and settings.gradient_blocks == "auto":
+        fewer = _fitting(context, given, replace(settings, gradient_blocks=FEWEST_GRADIENT_BLOCKS))
+        if context.why_missing(fewer) is None:
+            return fewer
     gpu_bytes = context.budget.gpu_bytes
     least = replace(settings, moments=moments[-1], weights=weights[-1], outer=outer[0])
     exact = replace(least, moments=moments[0], outer=outer[-1], hidden_states=hidden[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from engines.base import Batch, Context, StepStats, Update
@@ -50,6 +51,13 @@ def make_zo2(
     made = Zo2(Zo2Settings(**of), where or context())  # type: ignore[arg-type]
     made.setup(blueprint)
     return made
+
+
+def shorten_logs(patch: pytest.MonkeyPatch) -> int:
+    """Updates that a log holds from now on: fewer than usual, to save time."""
+    for module in ("noise.visits", "zeroth_order.deferred_updates"):
+        patch.setattr(f"engines.{module}.LOG_CAPACITY", 12)
+    return 12
 
 
 def assert_same_weights(left: Engine, right: Engine) -> None:

@@ -158,10 +158,10 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_equals_mezo_for_every_family_over_twenty_steps(family: str, tmp_path: Path) -> None:
+def test_equals_mezo_for_every_family_over_ten_steps(family: str, tmp_path: Path) -> None:
     mezo = make_mezo(tiny_blueprint(family, True))
     streamed = make(tiny_blueprint(family, True), tmp_path, disk_blocks=2)
-    assert_same_steps(mezo, streamed, tiny_batches(20, family))
+    assert_same_steps(mezo, streamed, tiny_batches(10, family))
     assert_same_weights(mezo, streamed)
     streamed.close()
 

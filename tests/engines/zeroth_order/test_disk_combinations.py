@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from zeroth_order_runs import KNOBS, assert_same_steps, assert_same_weights, context, make_mezo, save
+from zeroth_order_runs import (
+    KNOBS,
+    assert_same_steps,
+    assert_same_weights,
+    context,
+    make_mezo,
+    save,
+    shorten_logs,
+)
 
 from engines.base import Context, LocatesWeights
 from engines.costs import disk as costs
@@ -88,13 +96,16 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_log_is_replayed_to_the_same_bits(case: str, tmp_path: Path) -> None:
+def test_a_log_is_replayed_to_the_same_bits(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More updates than a log holds, and on from there."""
+    log_holds = shorten_logs(monkeypatch)
     where = context(dtype="fp16", steps=90)
     knobs = {**CASES[case], "learning_rate": 1e-4}
     mezo = make_mezo(tiny_blueprint("opt", num_blocks=2), where, **knobs)
     batches = tiny_batches(4, "opt")
-    steps = 66 // knobs.get("queries", 1) + 2
+    steps = log_holds // knobs.get("queries", 1) + 3
     updates = [update for step in range(steps) for update in mezo.step([batches[step % 4]]).updates]
     replayed = make(tiny_blueprint("opt", num_blocks=2), tmp_path, where, **knobs, disk_blocks=1)
     replayed.replay(updates)

@@ -26,7 +26,7 @@ from engines.transfer.process_group import ProcessGroup, meet, mesh_of
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.launch import Outcome, Stepped, launch_child
-from harness.runs.ranks import check_alike, check_gpus, place_of, places, what_to_agree_on
+from harness.runs.ranks import RENDEZVOUS, check_alike, check_gpus, place_of, places, what_to_agree_on
 from harness.runs.worker import Request, execute
 
 pytestmark = pytest.mark.usefixtures("forked_programs")
@@ -146,6 +146,22 @@ def test_the_places_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (2, 6, 0, "tcp://host:29500"),
         (3, 6, 1, "tcp://host:29500"),
     ]
+
+
+def test_torchrun_starts_one_command_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own name for a machine's number does; several commands on one are refused in one line."""
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "1"}
+    for name, value in ({"MASTER_ADDR": "host", "MASTER_PORT": "29500"} | torchrun).items():
+        monkeypatch.setenv(name, value)
+    assert [place.rank for place in places(Limits(gpus=2, nodes=2), tmp_path)] == [2, 3]
+    check_gpus(Limits())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(
+        UserError, match=r"torchrun --nproc-per-node 2: .*set --nproc-per-node 1, and --gpus 2"
+    ):
+        check_gpus(Limits())
+    monkeypatch.setenv(RENDEZVOUS, "file:///tmp/ranks")  # as our own processes have it
+    check_gpus(Limits())
 
 
 @pytest.mark.parametrize(

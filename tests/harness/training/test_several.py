@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,7 +88,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     engine: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a full checkpoint."""
+    """Also from a full checkpoint, and where ranks are about to write what they have on disk anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out = tmp_path / "out"
 
@@ -97,7 +98,7 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
                 child.send_signal(signal.SIGKILL)
 
     with monkeypatch.context() as patched:
-        stopped_after(patched, 3, kill)
+        stopped_after(patched, 4 if engine == "zo2" else 3, kill)
         with pytest.raises(UserError, match=r"rank 1: was killed by signal 9 .*--resume"):
             run(out, engine, job_of(2), save_every=2, **settings)
     run(out, engine, job_of(2), save_every=2, resume=True, **settings)
@@ -105,6 +106,35 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     spill = tmp_path / "lspzo-bench" / "spill"
     assert not spill.exists() or list(spill.iterdir()) == []
     assert_same_weights(tmp_path / "whole" / "model", out / "model")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_command_on_each_machine(tmp_path: Path) -> None:
+    """Itself, twice on this one, as for two machines, each with two processes: the run is that of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = [
+        "--model=tiny-llama", "--random-weights", "--engine=zo2", "--batch-size=1", "--seq-len=32",
+        "--dtype=fp32", "--accumulation=4", "--steps=4", "--set=learning_rate=1e-5", "--quiet",
+    ]  # fmt: skip
+    where = ["--master-addr=127.0.0.1", f"--master-port={port}", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun, harness = [sys.executable, "-m", "torch.distributed.run"], ["-m", "harness", "run"]
+    processes = [
+        subprocess.Popen(
+            [*torchrun, *where, f"--node-rank={node}", *harness, *job, "--nodes=2", "--gpus=2",
+             f"--out={tmp_path / str(node)}"],
+            cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert not (tmp_path / "1").exists()
+    alone = [sys.executable, "-P", *harness, *job, f"--out={tmp_path / 'alone'}"]
+    assert subprocess.run(alone, cwd=ROOT, capture_output=True).returncode == 0
+    assert log_of(tmp_path / "0") == log_of(tmp_path / "alone")
+    assert_same_weights(tmp_path / "0" / "model", tmp_path / "alone" / "model")
 
 
 @pytest.mark.slow

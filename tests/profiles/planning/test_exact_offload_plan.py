@@ -89,7 +89,12 @@ def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> No
         found = plan(4096, host_bytes=host_gb * GB)
         assert (found.fits, found.settings["moments"]) == (True, moments)
         assert any(each.startswith("approximate") for each in found.reasons)
-    least = plan(4096, host_bytes=15 * GB)
+    # With room for few gradients, and last where nothing fits at all.
+    few = plan(4096, host_bytes=15 * GB)
+    assert (few.fits, few.settings["gradient_blocks"], "moments" in few.settings) == (True, 2, False)
+    assert any(each.startswith("gradient_blocks=2: without it the job needs") for each in few.reasons)
+    assert not plan(4096, given={"gradient_blocks": "auto"}, host_bytes=15 * GB).fits
+    least = plan(4096, host_bytes=3 * GB)
     assert (least.fits, least.settings["moments"], least.settings["weights"]) == (False, "int8", "streamed")
 
 
@@ -104,11 +109,12 @@ def test_exact_states_go_to_disk_where_host_memory_ends() -> None:
     assert found.prediction.bottleneck == "disk"
     assert found.prediction.step_s == pytest.approx(2 * found.prediction.disk_read_bytes / (6 * GB), rel=0.05)
     one_less: dict[str, object] = {**found.settings, "moments": "fp32", "disk_blocks": count - 1}
+    one_less["gradient_blocks"] = "auto"
     assert not plan(4096, given=one_less, machine=with_disk, host_bytes=45 * GB).fits
     assert any(each.startswith("disk: ") for each in found.reasons)
     # Whose room is too small is said; what the user set stays.
     small = replace(H200, disk=fast_disk(6 * GB, free_bytes=10 * GB))
-    assert not plan(4096, machine=small, host_bytes=45 * GB).fits
+    assert not plan(4096, machine=small, host_bytes=25 * GB).fits
     assert not plan(4096, given={"disk_blocks": 0}, machine=with_disk, host_bytes=20 * GB).fits
 
 
