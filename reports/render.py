@@ -162,14 +162,15 @@ def render_html(report: WrittenReport) -> str:
     """One file without scripts or anything from outside; its first page prints on one sheet of A4."""
     tone = report.document.front.state.lower().removesuffix(" go")
     return (
-        _html()
+        html_templates()
         .get_template("report.html.j2")
         .render(document=report.document, tone=tone, language=spoken(), markup=Markup)
     )
 
 
 @cache
-def _html() -> Environment:
+def html_templates() -> Environment:
+    """Of pages: values are escaped, and a name that is not there is an error."""
     environment = Environment(
         loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,

@@ -121,7 +121,7 @@ INSIDE_FUNCTIONS = {
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
     "profiles.probe.adam -> engines.cpu_updates.adamw": _PROBED,
     "profiles.probe.adam -> engines.cpu_updates.cpu_adam": _PROBED,
-    "profiles.probe.adam -> engines.cpu_updates.pipeline": _PROBED,
+    "profiles.probe.adam -> engines.cpu_updates.cpu_threads": _PROBED,
     "profiles.probe.launches -> profiles.probe.triton_kernel": _TRITON,
     "harness.cli.data -> harness.data.preview": _TRAINS,
     "harness.cli.generate -> harness.training.generate": _TRAINS,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from engines.costs.exact_offload import CHUNK_ELEMENTS
 from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
-from engines.cpu_updates.pipeline import WAIT_LIMIT_S, StepShare
+from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.pipeline import WAIT_LIMIT_S
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
@@ -39,7 +40,7 @@ alone, past the page cache."""
 
 @dataclass(kw_only=True, eq=False)
 class BlockChunk:
-    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.pipeline.TravellingChunk`."""
+    """Neighbouring weights of a block that decay alike. An `engines.cpu_updates.chunks.TravellingChunk`."""
 
     deadline: int
     number: int

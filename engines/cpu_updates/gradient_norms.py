@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.pipeline import StepShare
+from engines.cpu_updates.chunks import StepShare
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.link import Event, Link

@@ -1,37 +1,33 @@
 """The way of gradients from the GPU through Adam on the CPU and of what that makes back to the GPU.
 
-What travels is a chunk: neighbouring elements of one block in flat memory, whole gradients
-(`engines.cpu_updates.block_state`) or compressed ones (`engines.subspace.cores`). A chunk is downloaded, Adam
-runs on it, and what it leaves is uploaded: weights straight to where the model has them, or directions into a
-slot, from which the GPU applies them. Four resources, each with one queue: the download stream, this file's
-thread, the upload stream and the stream that applies. The thread takes what has arrived by deadline: the
-block that the next forward pass needs first. Its dependencies only go forward, so it cannot deadlock.
+What travels is a chunk (`engines.cpu_updates.chunks`). It is downloaded, Adam runs on it, and what it leaves
+is uploaded: weights straight to where the model has them, or directions into a slot, from which the GPU
+applies them. Four resources, each with one queue: the download stream, this file's thread, the upload stream
+and the stream that applies. The thread takes what has arrived by deadline: the block that the next forward
+pass needs first. Its dependencies only go forward, so it cannot deadlock.
 
 Methods decide what to submit and where it goes; this file decides the order, and keeps failures from hanging
 and from spreading. With several ranks the thread takes what has arrived on all, if this rank is to update it,
 and what other ranks have updated is uploaded as it comes (`engines.cpu_updates.rank_updates`).
-
-Longer than 400 lines: a chunk's way through both threads, alone and with other ranks, is one thing.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from engines.cpu_updates.chunks import ChunkUpdate, UploadTarget, update_chunk
 from engines.cpu_updates.cpu_adam import compiled, squared_norm_of_sum
+from engines.cpu_updates.cpu_threads import adam_threads
 from engines.cpu_updates.rank_numbers import POLL_S
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
@@ -54,94 +50,6 @@ class GradientNotFinite(Exception):
         self.step = step
 
 
-@dataclass(kw_only=True, eq=False)
-class StepShare:
-    """What the chunks of one step have in common."""
-
-    step: int
-    learning_rate: float
-    max_norm: float | None = None
-    """Of the gradient, or `None`: it is not clipped."""
-    total: Tensor | None = None
-    """On the host: the gradient's squared norm, valid once `total_known` has happened. For clipping."""
-    total_known: Event = field(default_factory=Event)
-    failed: bool = False
-    """A gradient of the step was not finite: what has not been updated yet stays as it is."""
-
-    def is_finite(self) -> bool:
-        """Of the gradient that is clipped, also what the GPU updates. `total_known` has happened."""
-        return self.total is None or math.isfinite(float(self.total))
-
-    def scale(self) -> float:
-        """What a gradient is multiplied by. `total_known` has happened."""
-        if self.max_norm is None or self.total is None:
-            return 1.0
-        norm = math.sqrt(float(self.total))
-        return self.max_norm / norm if norm > self.max_norm else 1.0
-
-
-class TravellingChunk(Protocol):
-    """Neighbouring elements of a block, on the host, and their optimizer's state."""
-
-    deadline: int
-    """Index of its block: its place in the next forward pass."""
-    number: int
-    """Among all chunks."""
-    squared_norm: Tensor
-    """(1,) fp32, pinned: of the block's gradient, which it arrives before."""
-    updates: int
-    """Of it, so far."""
-
-    @property
-    def outgoing(self) -> Tensor:
-        """(elements,) of the weights' dtype, pinned: what goes up after an update."""
-
-    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
-        """One step of Adam on the gradient that has arrived, or on the sum of the `gradients` of all ranks,
-        (elements,) each. May take all threads of the caller."""
-
-
-class OfRanks(NamedTuple):
-    """What the ranks bring of a chunk, in their order."""
-
-    gradients: Sequence[Tensor]
-    """(elements,) each."""
-    squared_norms: Sequence[Tensor]
-    """(1,) each: of the block's gradients."""
-
-
-@dataclass(kw_only=True, eq=False)
-class UploadTarget:
-    """Where what goes up belongs as it is."""
-
-    memory: Tensor
-    """(elements,) on the GPU."""
-    free: Event
-    """Until then `memory` is in use."""
-
-
-@dataclass(kw_only=True, eq=False)
-class ChunkUpdate:
-    """One chunk on its way."""
-
-    state: TravellingChunk
-    share: StepShare
-    destination: UploadTarget | Callable[[Tensor, StepShare], None] | None
-    """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
-    applies it to the weights; `None`: it stays on the host."""
-    consumed: Callable[[], None] = lambda: None
-    """Called when the downloaded gradient is needed no more, whatever came of it; from any thread."""
-    place: int = 0
-    """Where its gradient is, among the places of this rank: for other ranks."""
-    of_ranks: Callable[[Sequence[int]], OfRanks] | None = None
-    """With several ranks: the gradients of all, by the place that it has on each."""
-    downloaded: Event = field(default_factory=Event)
-    applied: Event = field(default_factory=Event)
-    """Valid once `done` is set."""
-    failed: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-
 class _Job(NamedTuple):
     """What is awaited, and then done, together."""
 
@@ -150,63 +58,8 @@ class _Job(NamedTuple):
     """Nothing is updated: norms are taken."""
 
 
-SPARE_THREADS = 2
-"""CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
-
-
 APPLY_PRIORITY = 0
 """Of the stream that applies, among the GPU's: below 0 it goes before the one that computes."""
-
-
-def leave_threads_to_adam() -> None:
-    """Let go of the calling thread's own pool of OpenMP threads, but for one.
-
-    HAZARD: libgomp has a pool for each thread that starts parallel regions, and once their threads outnumber
-    the cores, all of them sleep at barriers instead of spinning: each of Adam's regions then costs the waking
-    of every thread. Measured at 1.3B on 16 cores: 2.2 G elements/s with the main thread's pool beside it, 4.2
-    without, which made the step 0.122 s instead of 0.172.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(2, before))
-    torch.zeros(1 << 20).add_(1.0)  # a region of two; the others end at its beginning
-    torch.set_num_threads(before)
-
-
-@contextmanager
-def adam_threads() -> Iterator[None]:
-    """Leave `SPARE_THREADS` out of the calling thread's parallel regions."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - SPARE_THREADS))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def update_chunk(state: TravellingChunk, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
-    """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it
-    is not finite."""
-    norms = [state.squared_norm] if of_ranks is None else of_ranks.squared_norms
-    if share.failed or not share.is_finite() or not all(math.isfinite(float(norm)) for norm in norms):
-        share.failed = True
-        return False
-    state.update(share, () if of_ranks is None else of_ranks.gradients)
-    return True
-
-
-def update_at_once(updates: Sequence[ChunkUpdate], device: torch.device) -> None:
-    """The twin's way: all of it in the calling thread, then all is applied."""
-    for update in updates:
-        of_ranks = None if update.of_ranks is None else update.of_ranks(())
-        update.failed = not update_chunk(update.state, update.share, of_ranks)
-        update.consumed()
-    for update in updates:
-        if update.failed:
-            continue
-        if isinstance(update.destination, UploadTarget):
-            update.destination.memory.copy_(update.state.outgoing)
-        elif update.destination is not None:
-            update.destination(update.state.outgoing.to(device), update.share)
 
 
 class UpdatePipeline:

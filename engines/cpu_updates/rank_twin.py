@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from engines.cpu_updates.chunks import ChunkUpdate, OfRanks
 from engines.cpu_updates.cpu_adam import squared_norm_of_sum
-from engines.cpu_updates.pipeline import ChunkUpdate, OfRanks
 from engines.transfer.rank_sums import gathered
 from engines.world import World
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.cpu_updates.pipeline import ChunkUpdate, GradientNotFinite, UpdatePipeline
+from engines.cpu_updates.chunks import ChunkUpdate
+from engines.cpu_updates.pipeline import GradientNotFinite, UpdatePipeline
 from engines.errors import NonFiniteLoss
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
@@ -14,7 +15,7 @@ class UpdatesInFlight:
     """Of each block, by its place, the updates that are on their way.
 
     A pipeline makes them behind the computation. Without one (the twin's way) whoever calls has made them,
-    with `engines.cpu_updates.pipeline.update_at_once`, before anything is settled.
+    with `engines.cpu_updates.chunks.update_at_once`, before anything is settled.
     """
 
     def __init__(self, link: Link, clock: ComputeClock) -> None:

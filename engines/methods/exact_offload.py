@@ -86,17 +86,11 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
+from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.gradient_slots import GradientSlots
-from engines.cpu_updates.pipeline import (
-    ChunkUpdate,
-    OfRanks,
-    StepShare,
-    UpdatePipeline,
-    UploadTarget,
-    leave_threads_to_adam,
-    update_at_once,
-)
+from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight

@@ -82,15 +82,10 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.lsp import UPLOAD_SLOTS
+from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, update_at_once
 from engines.cpu_updates.cpu_adam import add_up, squared_norm_of_sum
-from engines.cpu_updates.pipeline import (
-    ChunkUpdate,
-    OfRanks,
-    StepShare,
-    UpdatePipeline,
-    leave_threads_to_adam,
-    update_at_once,
-)
+from engines.cpu_updates.cpu_threads import leave_threads_to_adam
+from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from engines.costs.disk import WEIGHT_PLACES
 from engines.cpu_updates.block_state import BlockStates
-from engines.cpu_updates.pipeline import ChunkUpdate, UpdatePipeline
+from engines.cpu_updates.chunks import ChunkUpdate
+from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.errors import UserError
 from engines.offload.disk_states import DiskStates
 from engines.offload.disk_weights import DiskWeights

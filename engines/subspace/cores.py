@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS, forms_gradient
+from engines.cpu_updates.chunks import OfRanks, StepShare
 from engines.cpu_updates.cpu_adam import core_adam
-from engines.cpu_updates.pipeline import OfRanks, StepShare
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
@@ -123,7 +123,7 @@ class CoreMatrix:
 
 @dataclass(kw_only=True, eq=False)
 class CoreState:
-    """Cores that travel together, on the host. An `engines.cpu_updates.pipeline.TravellingChunk`."""
+    """Cores that travel together, on the host. An `engines.cpu_updates.chunks.TravellingChunk`."""
 
     deadline: int
     number: int

@@ -14,6 +14,7 @@ from harness.quality.documents import StudyPlan
 from harness.quality.judge import MethodResult, SeedSpread, StudyResult
 from harness.quality.study import planned_trials, predicted_s, run_study
 from harness.quality.trials import PreparedStudy
+from profiles.advice.words import duration
 from profiles.documents import to_json
 from profiles.units import NOT_MEASURED, format_seconds
 
@@ -66,9 +67,10 @@ def trials_table(plan: StudyPlan) -> Table:
 
 def cost_line(plan: StudyPlan) -> str:
     total, running = predicted_s(plan), sum(method.fits for method in plan.methods)
-    duration = "not known" if total is None else f"{total / 3600:.2g} h"
-    apart = "set-ups and evaluations apart"
-    return f"{running} of {len(plan.methods)} methods run; steps of all trials: {duration}, {apart}"
+    return (
+        f"{running} of {len(plan.methods)} methods run; steps of all trials: {duration(total)}, "
+        "set-ups and evaluations apart"
+    )
 
 
 def results_table(result: StudyResult, ready: PreparedStudy) -> Table:

@@ -20,6 +20,7 @@ from harness.quality.documents import parse_budget, parse_quality_target
 from harness.quality.study import StudyRequest, planned_trials, predicted_s, prepare_study
 from harness.quality.suites import Suite, SuiteTask, file_of, job_of_task, load_suite, merged
 from harness.quality.trials import PreparedStudy
+from profiles.advice.words import duration
 from profiles.documents import to_json
 
 
@@ -114,15 +115,14 @@ def suite_table(suite: Suite, ready: Mapping[str, PreparedStudy], why: Mapping[s
         runs = [method.name for method in plan.methods if method.fits]
         others = [method.name for method in plan.methods if not method.fits]
         trials = sum(count for method, _, count in planned_trials(plan) if method.fits)
-        seconds = predicted_s(plan)
-        duration = "not known" if seconds is None else f"{seconds / 3600:.2g} h"
-        table.add_row(task.name, task.target, ", ".join(runs), ", ".join(others), str(trials), duration)
+        cells = (", ".join(runs), ", ".join(others), str(trials), duration(predicted_s(plan)))
+        table.add_row(task.name, task.target, *cells)
     return table
 
 
 def _total(ready: Mapping[str, PreparedStudy]) -> str:
-    known = [predicted_s(each.plan) for each in ready.values()]
-    if any(each is None for each in known):
+    of_each = [predicted_s(each.plan) for each in ready.values()]
+    known = [each for each in of_each if each is not None]
+    if len(known) < len(of_each):
         return "total: not known"
-    hours = sum(each for each in known if each is not None) / 3600
-    return f"total: {hours:.2g} h of steps, set-ups and evaluations apart"
+    return f"total: {duration(sum(known))} of steps, set-ups and evaluations apart"

@@ -28,14 +28,13 @@ from engines.errors import NonFiniteLoss, UserError
 from engines.files.reading import exists, is_folder
 from engines.settings.given import GivenSettings
 from engines.shapes import ModelShape
-from harness.data.batches import Data, make_data
+from harness.data.batches import Data
 from harness.progress import Progress
-from harness.records.environment import gpu_notes
 from harness.records.job import Job
 from harness.records.presets import LR_SEARCH, LR_SEARCH_STEPS
 from harness.resolve import resolve_shape
 from harness.training.run_folder import LR_FILE
-from harness.training.train import set_up, user_errors
+from harness.training.train import data_told, set_up, user_errors
 from profiles.documents import to_json, write_whole
 
 FACTORS = (1 / 30, 1 / 10, 1 / 3, 1, 3, 10, 30)
@@ -119,11 +118,7 @@ def find_lr(
     if out is not None and exists(out) and not is_folder(out):
         raise UserError(str(out), "is not a folder", "name another --out")
     shape = resolve_shape(job)
-    for note in gpu_notes():
-        progress.print(f"note: {note}")
-    data = make_data(job, shape)
-    for line in (*data.readings, data.describe()):
-        progress.print(line)
+    data = data_told(job, shape, progress)
     evaluated = data.evaluation or _first_batches(data, job)
     trials: list[Trial] = []
     rates = rates_around(typed.learning_rate)

@@ -25,7 +25,7 @@ from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import ModelShape
 from engines.world import ALONE, World
-from harness.data.batches import make_data
+from harness.data.batches import Data, make_data
 from harness.models.blueprint import ModelBlueprint, export_model, make_blueprint
 from harness.models.candidates import candidates_of
 from harness.models.export import holds_something, refuse_in_use
@@ -118,11 +118,7 @@ def _train(
     with given_back_if_refused(out, resume):
         check_free_space(out, shape, job, engine_name, typed, save_every)
         _warn_of_no_compression(typed, shape, progress)
-        for note in gpu_notes():
-            progress.print(f"note: {note}")
-        data = make_data(job, shape)
-        for line in (*data.readings, data.describe()):
-            progress.print(line)
+        data = data_told(job, shape, progress)
         candidates: Sequence[int] = ()
         is_bytes = False
         if job.data.train != "random":
@@ -181,6 +177,16 @@ def _train(
                     restore.write_checkpoint(engine, out, course.done)
                 raise
             progress.print(summary.one_line())
+
+
+def data_told(job: Job, shape: ModelShape, progress: Progress) -> Data:
+    """The data of `job`, and told: how it was read, what is worth knowing of the GPU. Raises `UserError`."""
+    for note in gpu_notes():
+        progress.print(f"note: {note}")
+    data = make_data(job, shape)
+    for line in (*data.readings, data.describe()):
+        progress.print(line)
+    return data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,7 @@ def adamw_kernel_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: 
 
     from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
     from engines.cpu_updates.cpu_adam import compiled
-    from engines.cpu_updates.pipeline import adam_threads
+    from engines.cpu_updates.cpu_threads import adam_threads
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

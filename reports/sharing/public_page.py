@@ -7,10 +7,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from engines.errors import UserError
@@ -22,7 +20,7 @@ from profiles.units import format_bytes, format_seconds
 from reports.format import digits, times
 from reports.load import load_folder
 from reports.messages import say
-from reports.render import page
+from reports.render import html_templates, page
 from reports.sharing.submission import submission_of
 
 PAGES: Mapping[Language, str] = {"en": "index.html", "ja": "index.ja.html"}
@@ -142,18 +140,8 @@ def public_page(rows: Sequence[SharedRow]) -> str:
         "card": sorted({row.card for row in rows}),
         "method": sorted({row.method for row in rows}),
     }
-    template = _environment().get_template("results.html.j2")
+    template = html_templates().get_template("results.html.j2")
     return template.render(
         rows=newest, choices=choices, script=Markup(SCRIPT), digest=digest, language=spoken(),
         other=PAGES["en" if spoken() == "ja" else "ja"],
     )  # fmt: skip
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.globals["say"] = say
-    return environment

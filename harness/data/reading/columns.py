@@ -186,9 +186,11 @@ def meaning_of(name: str, records: Records, said: Mapping[str, str], named: Name
             )
         if column in answers:
             raise UserError(flag, "would tell the model the answer", "leave it out")
+    roles = [role for role in meaning.column_of if role not in ("label", "target")]
+    texts = {role: meaning.column_of[role] for role in roles} | {column: column for column in named}
     return replace(
         meaning,
-        column_of={**meaning.column_of, **{column: column for column in named}},
+        column_of={**texts, **meaning.column_of},  # the label last, what its classes are follows it
         passed_over=tuple(column for column in meaning.passed_over if column not in named),
         named=named,
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engines.base import Context
-from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline, UploadTarget
+from engines.cpu_updates.chunks import ChunkUpdate, StepShare, UploadTarget
+from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.shapes import Workload
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link

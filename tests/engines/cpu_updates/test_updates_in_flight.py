@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engines.base import Context
-from engines.cpu_updates.pipeline import ChunkUpdate, StepShare, UpdatePipeline, UploadTarget, update_at_once
+from engines.cpu_updates.chunks import ChunkUpdate, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss
 from engines.settings.lsp import LspSettings

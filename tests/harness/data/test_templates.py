@@ -199,7 +199,7 @@ def test_a_template_names_columns_beside_the_texts(tmp_path: Path) -> None:
     assert all("The bank pays.|River " in each and " has a bank. bank?\n" in each for each in found)
     assert {each[-1] for each in found} <= {"N", "Y"}
     readings = make_data(job, resolve_shape(job)).readings
-    assert "word" in readings[0].partition("passed over")[0]
+    assert "text2 = sentence2, word, label (false 0, true 1)" in readings[0]
     assert "start1" in readings[0].partition("passed over")[2]
 
 

@@ -8,6 +8,7 @@ import pytest
 from known_shapes import DEEPSEEK_1B, H200
 
 from engines.shapes import Workload
+from profiles.advice import words
 from profiles.advice.amount import Amount
 from profiles.advice.calibration import Seen, calibration_of
 from profiles.advice.job_time import JobForecast, Rates, are_tied, job_forecast, ranked
@@ -149,3 +150,17 @@ def test_without_a_step_time_there_are_no_hours() -> None:
     )
     assert found.band is None
     assert "not in the machine profile" in found.basis["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (0.654, 1.89, "0.654 to 1.89 s"),
+        (6600, 19260, "1.83 to 5.35 h"),
+        (1.2, 3.4, "1.20 to 3.40 s"),
+        (0.001, 150, "1.00 ms to 2.50 min"),
+        (74160, 214272, "0.858 to 2.48 days"),
+    ],
+)
+def test_a_range_is_in_one_unit_where_that_can_be_read(low: float, high: float, told: str) -> None:
+    assert words.band(low, high) == told

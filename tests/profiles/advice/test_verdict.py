@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, TINY
 
 from engines.shapes import ModelShape, Workload
+from harness.models.configs import named_shape
 from profiles.advice.job_time import JobForecast, Rates, job_forecast
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.verdict import PlanVerdict, verdict_of
 from profiles.advice.ways_out import WayOut, way_out
+from profiles.catalog import find_profile
 from profiles.machine import Machine
 from profiles.planning.recommend import plan_engine, rank
 
@@ -77,3 +80,12 @@ def test_what_cannot_run_is_answered_with_what_to_type() -> None:
     assert "type --dtype bf16 or fp32 for native and lsp." in found.text
     assert "with --dtype bf16" in found.text
     assert verdict([]).text == "There is no plan."
+
+
+def test_a_precision_is_named_for_what_it_lets_run() -> None:
+    """native takes more than a T4 has in fp32, and the torchao row smaller micro-batches, too."""
+    t4 = find_profile(Path("t4"))
+    workload = Workload(batch_size=8, seq_len=512)
+    found = verdict(["native", "lora", "torchao-offload"], named_shape("qwen2.5-1.5b"), workload, machine=t4)
+    assert "type --dtype fp32 for lora." in found.text
+    assert "native, lora and torchao-offload: NVIDIA T4 has no bf16" in found.text

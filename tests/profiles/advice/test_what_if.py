@@ -121,3 +121,21 @@ def test_the_largest_model_of_each_method() -> None:
 def test_a_target_that_says_nothing_is_one_line(text: str) -> None:
     with pytest.raises(UserError, match="--target"):
         parse_target(text)
+
+
+def test_what_is_added_may_lie_idle() -> None:
+    """A second machine is no worse than none, though sharing a step of one sequence takes more of it."""
+    planned = job("qwen2.5-7b", ("qlora", "lsp"))
+    now = outlook("now", RTX_3090, planned)
+    assert now.first is not None
+    assert now.first.seconds is not None
+    rows = what_if(now, RTX_3090, planned, {"rtx-3060-12gb": find_profile(Path("rtx-3060-12gb"))})
+    assert all(row.first_saved_s is not None and row.first_saved_s >= 0 for row in rows[:-1])
+    assert rows[-1].first_saved_s is not None
+    assert rows[-1].first_saved_s < 0  # a lesser card as a whole is told as it is
+
+
+def test_a_card_without_the_jobs_precision_says_so() -> None:
+    planned = job("opt-1.3b", ("native",))
+    assert outlook("t4", find_profile(Path("t4")), planned).has_dtype is False
+    assert outlook("now", RTX_3090, planned).has_dtype
