@@ -239,6 +239,8 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
                 f"disk_blocks={on_disk}: host memory has no room for them; "
                 f"{format_bytes(read_bytes)} are read per step from where disk_folder says"
             )
+            if context.local_ranks > 1:
+                reasons.append(f"what is read from disk is read once for all {context.local_ranks} GPUs")
     return Choice(settings, tuple(reasons))
 
 

@@ -2,9 +2,9 @@
 
     python tests/studies/several_gpus.py --ranks 1,2 --model opt-1.3b --steps 100 --out FILE.json
 
-A process for each rank and GPU. Copies are held up at random, on every rank in another way, so that a copy
-that nobody waited for would show. Prints a row for each method and number of ranks, and ends with 1 where two
-of a method differ.
+A process for each rank and GPU. Copies and reads from disk are held up at random, on every rank in another
+way, so that one that nobody waited for would show. Prints a row for each method and number of ranks, and ends
+with 1 where two of a method differ.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "zo2, fold_every 4": {"fold_every": 4},
     "zo2, sharded": {"fold_every": 2, "sharded_upload": True},
     "zo2, 2 queries": {"fold_every": 2, "queries": 2},
+    "zo2, on disk": {"fold_every": 2, "disk_blocks": 3},
+    "zo2, on disk, window": {"estimator": "lozo", "lozo_window": 10, "disk_blocks": 3},
 }
 FIRST_ORDER: dict[str, dict[str, Any]] = {
     "exact-offload": {"learning_rate": 1e-4},
@@ -78,6 +80,8 @@ def take_steps(
         engine_class.link_delay = staticmethod(
             lambda: drawn.randrange(MOST_CYCLES) if drawn.random() < 0.1 else 0
         )
+    if hasattr(engine_class, "disk_delay_s"):
+        engine_class.disk_delay_s = staticmethod(lambda: drawn.choice((0.0, 0.0, 0.005)))
     settings = parse_settings(engine_name, {"learning_rate": 1e-6, **(METHODS | FIRST_ORDER)[method]})
     context = Context(device=device, workload=job.workload, seed=0, total_steps=arguments.steps, world=world)
     engine = engine_class(settings, context)

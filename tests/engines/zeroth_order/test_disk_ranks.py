@@ -92,7 +92,8 @@ def steps_of(made: Any, batches: Any) -> list[StepStats]:
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_take_the_steps_of_one_process(case: str, tmp_path: Path) -> None:
     """Through a log that is full, or a window that ends, every few steps, with a disk that is late at random
-    and ranks that evaluate, export and save alone whenever; then two that go on from the first of four."""
+    and ranks that evaluate, export and save alone whenever; then two that go on from the first of four. Once
+    they are on two machines, each of which reads for itself."""
     knobs, steps = CASES[case], FULL_AFTER + 2
     batches = tiny_batches((steps + 2) * ACCUMULATION, "opt")
     until = steps * ACCUMULATION
@@ -150,7 +151,7 @@ def test_ranks_take_the_steps_of_one_process(case: str, tmp_path: Path) -> None:
             loaded.close()
         return found
 
-    found = side_by_side(4, act)
+    found = side_by_side(4, act, machines=2 if case == "last:2" else 1)
     assert all(all(each) for each in found), found
     if case in GO_ON:
         found = side_by_side(2, go_on)
@@ -226,6 +227,29 @@ def test_a_disk_that_fails_ends_all_ranks_with_its_cause(
 
     side_by_side(2, act)
     assert sorted(ends) == [0, 1]
+
+
+def test_a_trace_shows_what_its_rank_has_read(tmp_path: Path) -> None:
+    """Together they have read every block, each something else."""
+
+    def act(world: SideBySideWorld) -> tuple[Counter[str], frozenset[int]]:
+        where = context(accumulation=ACCUMULATION, dtype="bf16")
+        settings = Zo2Settings(disk_blocks=2, disk_folder=str(tmp_path))
+        made = Zo2(settings, replace(where, world=world, trace=True))
+        made.setup(blueprint())
+        try:
+            made.step(tiny_batches(ACCUMULATION, "opt"))
+            events = made.trace_events()
+        finally:
+            made.close()
+        lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+        reads = [e for e in events if e["ph"] == "X" and lanes[e["tid"]].startswith("disk shared")]
+        return Counter(e["name"] for e in reads), made.blocks.on_disk
+
+    (first, on_disk), (second, _) = side_by_side(2, act)
+    assert set(first + second) == {f"block {i}" for i in on_disk}
+    assert first
+    assert second
 
 
 def test_ranks_agree_on_the_blocks_that_host_memory_has_no_room_for(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
     engine: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also from a full checkpoint."""
+    """Also from a full checkpoint, and where ranks are about to write what they have on disk anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     out = tmp_path / "out"
 
@@ -98,7 +98,7 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
                 child.send_signal(signal.SIGKILL)
 
     with monkeypatch.context() as patched:
-        stopped_after(patched, 3, kill)
+        stopped_after(patched, 4 if engine == "zo2" else 3, kill)
         with pytest.raises(UserError, match=r"rank 1: was killed by signal 9 .*--resume"):
             run(out, engine, job_of(2), save_every=2, **settings)
     run(out, engine, job_of(2), save_every=2, resume=True, **settings)
