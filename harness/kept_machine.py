@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engines.errors import UserError
 from engines.files.reading import exists
-from profiles.machine import Gpu, Machine, load_machine, save_machine
+from profiles.machine import MACHINE_FILE, Gpu, Machine, load_machine, save_machine
 from profiles.system import cgroup
 from profiles.system.nvml import open_device, visible_gpus
 
@@ -28,7 +28,7 @@ DEPTHS = ("brief", "default", "full")
 def kept_path() -> Path:
     """lspzo-bench/machine.json below $XDG_CACHE_HOME or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "machine.json"
+    return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / MACHINE_FILE
 
 
 def keep_machine(machine: Machine) -> None:

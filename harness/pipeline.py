@@ -21,6 +21,7 @@ from engines.shapes import ModelShape
 from harness.data.padding import padded_length
 from harness.progress import console, told
 from harness.records.job import Job
+from harness.records.manifest import CRITERIA_FILE
 from harness.records.run import Run
 from harness.records.shape import MODEL, save_shape
 from harness.records.shared import shared_machine
@@ -37,7 +38,7 @@ from profiles.advice.amount import Amount, DataLengths
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.what_if import StepsOn, steps_with_upgrades
 from profiles.catalog import find_profile
-from profiles.machine import Machine, load_machine, save_machine
+from profiles.machine import MACHINE_FILE, Machine, load_machine, save_machine
 from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
@@ -183,7 +184,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
     for what is wrong with the arguments before it measures the machine.
     """
     in_use = check_folder(sweep.out, resume=sweep.resume)
-    for path in (sweep.criteria, sweep.out / "criteria.toml"):
+    for path in (sweep.criteria, sweep.out / CRITERIA_FILE):
         if path is not None and (path == sweep.criteria or exists(path)):
             sweep.check_criteria(path)
     if sweep.external and sweep.emulate is not None:
@@ -197,7 +198,7 @@ def prepare(job: Job, sweep: Sweep, without_gpu: Job | None = None) -> PreparedJ
     check_gpus(job.limits)
     shape, save_data = _check_job(job, quiet=sweep.quiet)
     named = sweep.emulate or sweep.profile
-    machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / "machine.json")
+    machine = find_machine(named, quiet=sweep.quiet, known=sweep.out / MACHINE_FILE)
     if machine.gpu is None and sweep.profile is None and without_gpu is not None and job != without_gpu:
         job = without_gpu
         shape, save_data = _check_job(job, quiet=sweep.quiet)
@@ -221,7 +222,7 @@ def measure_plans(ready: PreparedJob, sweep: Sweep, observe: Callable[[SweepEven
     at_end = contextlib.ExitStack()
 
     def before_first() -> None:
-        save_machine(shared_machine(ready.machine), sweep.out / "machine.json")
+        save_machine(shared_machine(ready.machine), sweep.out / MACHINE_FILE)
         save_shape(ready.shape, sweep.out / MODEL)
         save_upgrades(_upgrades(ready), sweep.out / UPGRADES)
         if ready.save_data is not None and data_file is not None:

@@ -11,6 +11,9 @@ from typing import Literal
 from engines.errors import UserError
 from profiles.documents import read_document, to_json, write_whole
 
+MACHINE_FILE = "machine.json"
+"""The profile in a folder of results, and the one that is kept for this machine."""
+
 SCHEMA_VERSION = 2
 """1: the first version. 2: pinned memory, disk, the rate under lasting load, conditions of the GPU; all of it
 has defaults that say 'absent', so documents of version 1 load as they are. Both held figures that no

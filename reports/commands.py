@@ -12,6 +12,7 @@ import typer
 from engines.errors import UserError
 from engines.files.reading import exists, is_folder
 from harness.cli.options import CriteriaFlag, FailOn, Json, Lang, speaks
+from harness.records.manifest import CRITERIA_FILE
 from harness.sharing.reading import check
 from harness.sharing.shared_result import Submission
 from profiles.documents import to_json, write_whole
@@ -86,7 +87,7 @@ def report(
 
 @criteria_app.command("init")
 def criteria_init(
-    path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path("criteria.toml"),
+    path: Annotated[Path, typer.Argument(help="Where to write the file.")] = Path(CRITERIA_FILE),
     purpose: Annotated[
         Purpose,
         typer.Option("--for", help="What decides: memory, deadline, quality or cost; any: some of each."),

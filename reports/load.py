@@ -15,13 +15,13 @@ from engines.files.reading import exists
 from engines.shapes import ModelShape
 from harness.quality.documents import PLAN
 from harness.records.job import Job, load_job, make_job
-from harness.records.manifest import MANIFEST, ManifestFinding, check_manifest
+from harness.records.manifest import CRITERIA_FILE, MANIFEST, PLANS_FILE, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
 from harness.records.shape import MODEL, load_shape
 from harness.records.shared import shared_job, shared_plan, shared_values
 from harness.records.upgrades import UPGRADES, load_upgrades
 from profiles.advice.what_if import StepsOn
-from profiles.machine import Machine, load_machine
+from profiles.machine import MACHINE_FILE, Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
 
@@ -83,11 +83,11 @@ def load_folder(folder: Path) -> Loaded:
     broken: list[Broken] = []
     runs = _load_runs(folder, broken)
     refuse_unlike(runs)
-    machine = _optional(folder / "machine.json", load_machine, broken)
-    plans = _optional(folder / "plans.json", _shown_plans, broken)
+    machine = _optional(folder / MACHINE_FILE, load_machine, broken)
+    plans = _optional(folder / PLANS_FILE, _shown_plans, broken)
     job = _optional(folder / "job.toml", lambda path: shared_job(load_job(path)), broken)
     shape = _optional(folder / MODEL, load_shape, broken)
-    criteria = folder / "criteria.toml"
+    criteria = folder / CRITERIA_FILE
     return Loaded(
         name=folder.resolve().name,
         machine=machine,

@@ -1,6 +1,4 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
-
-Longer than 400 lines: a function for each metric, read as one list."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
 
 from __future__ import annotations
 
@@ -123,12 +121,15 @@ def ends(runs: Sequence[Run]) -> str:
 
 def predicted(rounds: Rounds) -> Predicted | None:
     """The prediction stamped into the runs; the plan's own where a run carries none."""
-    for run in rounds.runs:
-        if run.predicted is not None:
-            return run.predicted
-    for run in rounds.runs:
-        return Predicted.of(run.plan.prediction)
-    return None
+    stamped = [run.predicted for run in rounds.runs if run.predicted is not None]
+    if stamped or not rounds.runs:
+        return stamped[0] if stamped else None
+    return Predicted.of(rounds.runs[0].plan.prediction)
+
+
+def _expected(rounds: Rounds, of: Callable[[Predicted], float | None]) -> float | None:
+    found = predicted(rounds)
+    return None if found is None else of(found)
 
 
 def floor_share(run: Run) -> float | None:
@@ -166,10 +167,10 @@ def _from_spread(found: Spread | None, expected: float | None = None) -> MetricF
     return MetricFinding(value=found.median, low=low, high=high, runs=found.count, predicted=expected)
 
 
-def _peak(found: Spread | None, expected: float | None, note: str | None) -> MetricFinding:
+def _peak(found: Spread | None, expected: float | None) -> MetricFinding:
     """A peak is judged by the largest run."""
     if found is None:
-        return MetricFinding(predicted=expected, note=note)
+        return MetricFinding(predicted=expected)
     return MetricFinding(
         value=found.high, low=found.high, high=found.high, runs=found.count, predicted=expected
     )
@@ -192,16 +193,14 @@ def _runs_ok(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _step_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    expected = predicted(rounds)
-    step_s = expected.step_s if expected else None
+    step_s = _expected(rounds, lambda one: one.step_s)
     if is_emulated(rounds):
         return MetricFinding(predicted=step_s, note=say("note.emulated_time"))
     return _from_spread(rounds.step_s, step_s)
 
 
 def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    expected = predicted(rounds)
-    step_s = expected.step_s if expected else None
+    step_s = _expected(rounds, lambda one: one.step_s)
     rate = rounds.runs[0].tokens_per_step / step_s if step_s else None
     if is_emulated(rounds):
         return MetricFinding(predicted=rate, note=say("note.emulated_time"))
@@ -293,9 +292,8 @@ def _native_is_out(native: Rounds, all_: Measurements) -> str | None:
 
 def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     native = all_.of(YARDSTICK)
-    both = (predicted(rounds), predicted(native))
-    step_s = [one.step_s if one else None for one in both]
-    expected = _share(step_s[0], step_s[1])
+    mine, other = (_expected(each, lambda one: one.step_s) for each in (rounds, native))
+    expected = _share(mine, other)
     evidence = tuple(dict.fromkeys(run.id for run in (*rounds.runs, *native.runs)))
     if rounds.engine == YARDSTICK and rounds.step_s is not None:
         return MetricFinding(value=1.0, low=1.0, high=1.0, runs=len(rounds.ok), evidence=evidence)
@@ -322,13 +320,11 @@ def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
 def _gpu_memory(
     rounds: Rounds, all_: Measurements, unit: Callable[[Run, float], float | None]
 ) -> MetricFinding:
-    expected = predicted(rounds)
-    run = rounds.runs[0]
-    bytes_ = expected.peak_gpu_bytes if expected else None
+    bytes_ = _expected(rounds, lambda one: one.peak_gpu_bytes)
     found = over_runs(rounds.ok, lambda one: _apply(unit, one, gpu_taken_bytes(one)))
     if all(one.environment.gpu_name is None for one in rounds.ok or rounds.runs) and found is None:
         return MetricFinding(applies=not rounds.ok, note=say("note.no_gpu") if rounds.ok else None)
-    return _peak(found, _apply(unit, run, bytes_ or None), None)
+    return _peak(found, _apply(unit, rounds.runs[0], bytes_ or None))
 
 
 def _apply(unit: Callable[[Run, float], float | None], run: Run, value: float | None) -> float | None:
@@ -344,16 +340,15 @@ def _gpu_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _host_memory_share(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    expected = predicted(rounds)
-    bytes_ = expected.peak_host_bytes if expected else None
+    bytes_ = _expected(rounds, lambda one: one.peak_host_bytes)
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, host_limit_bytes(run)))
-    return _peak(found, _share(bytes_, host_limit_bytes(rounds.runs[0])), None)
+    return _peak(found, _share(bytes_, host_limit_bytes(rounds.runs[0])))
 
 
 def _host_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    expected = predicted(rounds)
+    bytes_ = _expected(rounds, lambda one: one.peak_host_bytes)
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, GIB))
-    return _peak(found, _share(expected.peak_host_bytes if expected else None, GIB), None)
+    return _peak(found, _share(bytes_, GIB))
 
 
 def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -371,14 +366,13 @@ def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    expected = predicted(rounds)
-    if rounds.step_s is None:
+    step_s, predicted_s = rounds.step_s, _expected(rounds, lambda one: one.step_s)
+    if step_s is None:
         return MetricFinding()
     if is_emulated(rounds):
         return MetricFinding(applies=False, note=say("note.emulated"))
-    if expected is None or not expected.step_s:
+    if not predicted_s:
         return MetricFinding(note=say("note.no_prediction"))
-    step_s, predicted_s = rounds.step_s, expected.step_s
     ends_s = step_s.interval or (step_s.low, step_s.high)
     factors = sorted(
         max(value / predicted_s, predicted_s / value) for value in (ends_s[0], step_s.median, ends_s[1])

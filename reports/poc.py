@@ -34,6 +34,7 @@ from harness.cli.tables import runs_table
 from harness.pipeline import Sweep, job_to_plan, prepare
 from harness.progress import console
 from harness.recommendation import recommended
+from harness.records.manifest import CRITERIA_FILE
 from harness.records.presets import preset_values
 from profiles.advice.job_time import Rates
 from profiles.display.tables import machine_table
@@ -109,8 +110,8 @@ def poc(
     notes.print(machine_table(ready.machine))
     planned = job_to_plan(ready.job, ready.shape, names, None)
     notes.print(recommendation_text(recommended(ready.job, planned, ready.machine, rates=Rates())))
-    if criteria is None and not ready.in_use and not exists(folder / "criteria.toml"):
-        write_whole(folder / "criteria.toml", init_text())
+    if criteria is None and not ready.in_use and not exists(folder / CRITERIA_FILE):
+        write_whole(folder / CRITERIA_FILE, init_text())
     runs = measure_seen(ready, sweep)
     notes.print(runs_table(runs))
     verdict = write_report(folder, on_broken=note_left_out, language=lang)

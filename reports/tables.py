@@ -139,12 +139,12 @@ def _each_run(
     return cell
 
 
-def _any_evaluated(methods: Sequence[MethodRow]) -> bool:
-    return any(run.summary.eval_loss_last is not None for each in methods for run in each.rounds.ok)
+def _any_has(value: Callable[[Run], float | None]) -> Callable[[Sequence[MethodRow]], bool]:
+    return lambda methods: any(value(run) is not None for each in methods for run in each.rounds.ok)
 
 
-def _any_mfu(methods: Sequence[MethodRow]) -> bool:
-    return any(run.summary.mfu is not None for each in methods for run in each.rounds.ok)
+def _mfu(run: Run) -> float | None:
+    return run.summary.mfu
 
 
 def _first_s(run: Run) -> float | None:
@@ -157,12 +157,14 @@ SPEED: tuple[Column[MethodRow], ...] = (
     Column("step", lambda one: _step(one.rounds)),
     Column("first_step", _if_timed(_each_run(_first_s, format_seconds)), SECONDS),
     Column("tokens", lambda one: _tokens_per_s(one.rounds), NUMBER),
-    Column(
-        "mfu", _if_timed(_each_run(lambda run: run.summary.mfu, percent)), PERCENT, shown=_any_mfu, note="mfu"
-    ),
+    Column("mfu", _if_timed(_each_run(_mfu, percent)), PERCENT, shown=_any_has(_mfu), note="mfu"),
     Column("beside_native", _if_timed(lambda one: _comparison(one.engine, one.all_))),
     Column("loss", _if_timed(lambda one: _first_to_last(one.rounds.loss_first, one.rounds.loss_last, loss))),
-    Column("evaluation", _if_timed(lambda one: _evaluation(one.rounds)), shown=_any_evaluated),
+    Column(
+        "evaluation",
+        _if_timed(lambda one: _evaluation(one.rounds)),
+        shown=_any_has(lambda run: run.summary.eval_loss_last),
+    ),
     Column("energy", _if_timed(_each_run(lambda run: run.summary.energy_j, joules)), JOULES),
 )
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engines.noise.visits import Rounding
 from engines.noise.weight_pass import dither
+from engines.settings.checks import Rounding
 
 GOLDEN = 0x9E3779B1
 """Odd, near 2^32 over the golden ratio: neighbours' hashes start far apart."""

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from ctypes import c_float
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engines.base import Update
-from engines.settings.zeroth_order import MOST_DEFERRED
-
-Rounding = Literal["stochastic", "nearest"]
-
-
-Noise = Literal["gaussian", "binomial", "rademacher"]
-
+from engines.settings.checks import Rounding
+from engines.settings.zeroth_order import MOST_DEFERRED, Noise
 
 LOG_CAPACITY = MOST_DEFERRED
 """Updates that can be deferred at once."""

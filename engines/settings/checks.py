@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 Schedule = Literal["constant", "linear", "cosine"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class Refused(ValueError):

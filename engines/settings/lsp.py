@@ -8,7 +8,7 @@ from functools import cache
 from typing import Literal
 
 from engines.errors import UserError
-from engines.settings.checks import require
+from engines.settings.checks import Rounding, require
 from engines.settings.exact_offload import Weights
 from engines.settings.first_order import BlockPassSettings
 
@@ -50,7 +50,7 @@ class LspSettings(BlockPassSettings):
     max_grad_norm: float = 0.0
     """Clip the gradient to this norm; 0: not at all. It is that of all compressed gradients and those outside
     the subspaces together. The CPU's updates then begin when backward has ended."""
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    rounding: Rounding = "stochastic"
     """How updates reach bf16 weights; `nearest` loses those below half a unit in the last place."""
     weights: Weights = "resident"
     """Where the blocks' matrices are: on the GPU, or on the host, from where they come up for the forward and

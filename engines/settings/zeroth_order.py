@@ -10,9 +10,10 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from engines.errors import UserError
-from engines.settings.checks import Schedule, require, require_finite
+from engines.settings.checks import Rounding, Schedule, require, require_finite
 from engines.shapes import Workload
 
+Noise = Literal["gaussian", "binomial", "rademacher"]
 Base = Literal["full", "lossless", "int8", "fp8", "int4"]
 EXACT_BASES: tuple[Base, ...] = ("full", "lossless")
 """Weights are kept to the bit."""
@@ -65,13 +66,13 @@ class MezoSettings:
     queries: int = 1
     """Independent z in each step, all in one visit of each block; the update is their mean. `spsa` takes two
     forward passes for each, `1.5-spsa` one more in all, `fzoo` one for each, and one more."""
-    noise: Literal["gaussian", "binomial", "rademacher"] = "gaussian"
+    noise: Noise = "gaussian"
     """Of what the perturbation z is drawn: normals as in MeZO, or signs as in SPSA (Spall, 1992). `binomial`,
     the sum of 32 signs over sqrt(32), is near a normal and takes half its instructions
     (`engines.noise.philox`)."""
     eps: float = 1e-3
     """Size of the perturbation."""
-    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    rounding: Rounding = "stochastic"
     """How updates reach bf16 and fp16 weights; `nearest` loses those below half a unit in the last place."""
     train: str = "all"
     """What is trained: `all`, `last:N` (the last N blocks), or `lora` (adapters beside every linear layer of

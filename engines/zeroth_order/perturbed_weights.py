@@ -125,9 +125,7 @@ class BlockScratch:
         how = replace(how, first=stored.first, last=stored.last)
         part = self._layout.blocks[stored.block].parts[stored.part]
         buffer = self._buffer_of(stored.block, stored.part)
-        self._clock.start()
         lossless_pass.visit_lossless(tiles.to(self._device), part.segment, how, Outputs(theta=buffer))
-        self._clock.stop()
         self.whole.add(stored.block, stored.part, buffer, how.last)
 
     def _is_whole(self, index: int, tiles: Tensor) -> bool:

@@ -46,7 +46,7 @@ from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.decoding_runs import DecodingJob, measure_decoding_runs
 from profiles.documents import to_json
-from profiles.machine import save_machine
+from profiles.machine import MACHINE_FILE, save_machine
 from profiles.units import parse_bytes
 
 MEASURED_PROMPT = 128
@@ -284,8 +284,8 @@ def _measure(
 
     wanted = DecodingJob(job=job, shape=resolve_shape(job), engine=engine, sampling=sampling, rounds=rounds)
     folder = results_folder(out, "generate", job.model.name, resume=False)
-    machine = find_machine(profile, quiet=quiet, known=folder / "machine.json")
-    save_machine(shared_machine(machine), folder / "machine.json")
+    machine = find_machine(profile, quiet=quiet, known=folder / MACHINE_FILE)
+    save_machine(shared_machine(machine), folder / MACHINE_FILE)
     with GenerationProgress(quiet) as progress:
         runs = measure_decoding_runs(
             wanted, machine, folder, on_event=progress.launched, on_end=progress.ended

@@ -43,7 +43,7 @@ from harness.runs.launch import WORK, OnRunEvent
 from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.documents import to_json, write_whole
-from profiles.machine import Machine, save_machine
+from profiles.machine import MACHINE_FILE, Machine, save_machine
 from profiles.planning.plan import Plan
 
 RESULT, CURVES = "quality.json", "curves.csv"
@@ -89,7 +89,7 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     named = study.emulate or study.profile
     machine = study.machine
     if machine is None or named is not None:
-        machine = find_machine(named, quiet=study.quiet, known=study.out / "machine.json")
+        machine = find_machine(named, quiet=study.quiet, known=study.out / MACHINE_FILE)
     plans = _plans(job, shape, machine, study)
     methods = tuple(_method(name, plans[name], study) for name in study.engines)
     plan = StudyPlan(
@@ -266,7 +266,7 @@ def run_study(
                 for rung in plan.rungs
             ]  # fmt: skip
             save_tokenized(tokenized, data_file)
-        save_machine(shared_machine(ready.machine), out / "machine.json")
+        save_machine(shared_machine(ready.machine), out / MACHINE_FILE)
         save_plan(plan, out)
         save_job(plan.job, out / JOB_FILE)
         together = (lambda: nullcontext(launch)) if launch is not None else one_process

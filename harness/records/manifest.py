@@ -20,10 +20,12 @@ from harness.records.job import JOB_FILE
 from harness.records.run import Environment
 from harness.records.shape import MODEL
 from profiles.documents import read_document, to_json, write_whole
+from profiles.machine import MACHINE_FILE
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-DOCUMENTS = (JOB_FILE, "plans.json", "machine.json", MODEL, "criteria.toml")
+PLANS_FILE, CRITERIA_FILE = "plans.json", "criteria.toml"
+DOCUMENTS = (JOB_FILE, PLANS_FILE, MACHINE_FILE, MODEL, CRITERIA_FILE)
 RECORDS = "runs"
 
 

@@ -37,8 +37,6 @@ from harness.records.shared import paths_of, shared_name, shared_plan, shared_va
 from harness.records.stats import counted_step_s
 from harness.runs.governance_facts import governance_facts
 from harness.runs.launch import (
-    REQUEST,
-    RESULT,
     WORK,
     OnRunEvent,
     Outcome,
@@ -47,7 +45,7 @@ from harness.runs.launch import (
     read_result,
     work_folder,
 )
-from harness.runs.worker import Request
+from harness.runs.worker import REQUEST, RESULT, Request
 from profiles.documents import adapter, to_json
 from profiles.planning.plan import Plan
 from profiles.system.nvml import NvmlDevice

@@ -31,7 +31,7 @@ from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.processes import Group, KeptChild, child_environment, of_rank
 from harness.runs.ranks import MEETING, devices_of, of_group, places
-from harness.runs.worker import TRACE, Request, Result
+from harness.runs.worker import REQUEST, RESULT, TRACE, Request, Result
 from profiles.documents import adapter, to_json, write_whole
 from profiles.machine import Machine
 from profiles.system.nvml import NvmlDevice
@@ -43,7 +43,6 @@ SAMPLE_SHARE = 0.02
 ENDING_TOGETHER_S = 30.0
 """For which the other ranks may go on after one has failed."""
 
-REQUEST, RESULT = "request.json", "result.json"
 WORK = ".work"
 """Folder below the results that holds what a run in progress needs."""
 

@@ -31,6 +31,14 @@ from harness.runs.emulate import AppliedLimits
 ENERGY_WINDOW_S = 1.0
 """Shortest measured window whose energy is reported: NVML's counter moves every 20 to 100 ms."""
 
+MEDIANS = (
+    "gpu_s", "h2d_s", "d2h_s", "cpu_s", "gpu_exposed_s", "h2d_exposed_s", "d2h_exposed_s", "cpu_exposed_s",
+    "perturb_s", "disk_s", "forwards",
+)  # fmt: skip
+"""Of `StepStats`: a run's summary has their medians over the steps that count."""
+COUNTS = ("h2d_bytes", "d2h_bytes", "disk_read_bytes")
+"""Likewise, whole numbers."""
+
 Clock = Callable[[], float]
 """Seconds from some moment on."""
 
@@ -104,6 +112,10 @@ class RunRecording:
         measured = [
             (sample, stats) for sample, stats in self.steps if stats is not None and not sample.warmup
         ]
+        of_steps: dict[str, Any] = {
+            name: _median([getattr(stats, name) for _, stats in measured]) for name in MEDIANS
+        }
+        of_steps |= {name: _median_count([getattr(stats, name) for _, stats in measured]) for name in COUNTS}
         disk_floor_s = _median([stats.disk_floor_s for _, stats in measured])
         first = self.evaluations[0] if self.evaluations else None
         last = self.evaluations[-1] if len(self.evaluations) > 1 else None
@@ -119,31 +131,18 @@ class RunRecording:
             setup_parts_s=dict(self.setup_parts.parts_s),
             pinned_bytes=self.pinned_bytes,
             energy_j=self.energy_j,
-            gpu_s=_median([stats.gpu_s for _, stats in measured]),
-            h2d_s=_median([stats.h2d_s for _, stats in measured]),
-            d2h_s=_median([stats.d2h_s for _, stats in measured]),
-            cpu_s=_median([stats.cpu_s for _, stats in measured]),
             idle_s=_median(
                 [
                     None if stats.gpu_s is None else max(0.0, sample.step_s - stats.gpu_s)
                     for sample, stats in measured
                 ]
             ),
-            gpu_exposed_s=_median([stats.gpu_exposed_s for _, stats in measured]),
-            h2d_exposed_s=_median([stats.h2d_exposed_s for _, stats in measured]),
-            d2h_exposed_s=_median([stats.d2h_exposed_s for _, stats in measured]),
-            cpu_exposed_s=_median([stats.cpu_exposed_s for _, stats in measured]),
-            perturb_s=_median([stats.perturb_s for _, stats in measured]),
-            h2d_bytes=_median_count([stats.h2d_bytes for _, stats in measured]),
-            d2h_bytes=_median_count([stats.d2h_bytes for _, stats in measured]),
-            disk_read_bytes=_median_count([stats.disk_read_bytes for _, stats in measured]),
-            disk_s=_median([stats.disk_s for _, stats in measured]),
+            **of_steps,
             disk_direct=measured[0][1].disk_direct if measured else None,
             disk_floor_s=disk_floor_s,
             disk_floor_share=disk_floor_s / steps.step_s_median
             if disk_floor_s is not None and steps.step_s_median
             else None,
-            forwards=_median([stats.forwards for _, stats in measured]),
             landed_share=self.landed_share,
             real_tokens_per_step=real,
             padded_share=self.padded_share,

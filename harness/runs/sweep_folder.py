@@ -15,6 +15,7 @@ from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes, read_text
 from engines.files.writing import is_leftover
 from harness.records.job import JOB_FILE, Job, load_job, save_job
+from harness.records.manifest import CRITERIA_FILE, PLANS_FILE
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
 from harness.records.shape import MODEL
@@ -25,9 +26,10 @@ from harness.runs.emulate import Emulated
 from harness.runs.external import refuse_changed
 from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
+from profiles.machine import MACHINE_FILE
 from profiles.planning.plan import Plan, load_plans, save_plans
 
-WRITTEN_BEFORE = frozenset({"machine.json", MODEL, UPGRADES, "criteria.toml", WORK})
+WRITTEN_BEFORE = frozenset({MACHINE_FILE, MODEL, UPGRADES, CRITERIA_FILE, WORK})
 """Files that may lie in a new folder for results."""
 
 
@@ -87,7 +89,7 @@ def resumed(job: Job, plans: Sequence[Plan], out: Path) -> tuple[Job, list[Plan]
 
 
 def _earlier_plans(out: Path) -> tuple[Plan, ...]:
-    path = out / "plans.json"
+    path = out / PLANS_FILE
     if not exists(path):  # killed before it was written, so before the first run
         return ()
     return load_plans(path)
@@ -100,7 +102,7 @@ def write_intent(job: Job, plans: Sequence[Plan], out: Path) -> None:
     engines = {plan.engine for plan in plans}
     others = [plan for plan in _earlier_plans(out) if plan.engine not in engines]
     shown = [shared_plan(plan, keep_settings=True) for plan in (*others, *plans)]
-    save_plans(shown, out / "plans.json")
+    save_plans(shown, out / PLANS_FILE)
 
 
 def settle_criteria(criteria: Path | None, out: Path) -> str | None:
@@ -108,7 +110,7 @@ def settle_criteria(criteria: Path | None, out: Path) -> str | None:
 
     Raises `UserError` for criteria that differ from those of runs that began: they do not change then.
     """
-    kept = out / "criteria.toml"
+    kept = out / CRITERIA_FILE
     if criteria is not None:
         text = _read_criteria(criteria)
         if exists(kept):

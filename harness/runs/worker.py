@@ -53,6 +53,7 @@ from profiles.planning.plan import Plan
 from profiles.system.cgroup import host_memory, usable_cores
 from profiles.system.nvml import open_device
 
+REQUEST, RESULT = "request.json", "result.json"
 TRACE = "trace.json"
 LEARNED = "learned.json"
 """What a child that is watched while it learns leaves, on the way and at its end."""
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run_in(folder: Path, events: IO[str], *, peak_is_own: bool = True) -> None:
     """The request in `folder`, to its result there."""
-    request = TypeAdapter(Request).validate_json((folder / "request.json").read_bytes())
+    request = TypeAdapter(Request).validate_json((folder / REQUEST).read_bytes())
     several = request.job.limits.gpus * request.job.limits.nodes > 1
     place = place_of(os.environ) if several else None
     if request.emulated is not None:
@@ -140,7 +141,7 @@ def _run_in(folder: Path, events: IO[str], *, peak_is_own: bool = True) -> None:
         result = replace(result, summary=replace(result.summary, peak_host_bytes=None))
     try:
         local = 0 if place is None else place.local_rank
-        write_whole(folder / of_rank("result.json", local), to_json(result))
+        write_whole(folder / of_rank(RESULT, local), to_json(result))
     except UserError:  # the disk is full: the parent has taken room for the record
         events.write(json.dumps({"result": json.loads(to_json(result))}) + "\n")
 

@@ -23,8 +23,23 @@ def fitting(
 
     Unless it is set, an engine that streams blocks keeps as many on the GPU as fit: every one that does makes
     each step faster. Where the user named no limit a share of the GPU stays free. Blocks that host memory has
-    no room for are on disk. Raises `UserError` for more blocks than the model has.
+    no room for are on disk. Matrices of bf16 come up as lossless tiles if any block does: a token waits for
+    the link, and bits are the same. Raises `UserError` for more blocks than the model has.
     """
+    whole = _placed(engine, shape, decoding, given, budget)
+    typed = whole[0].typed
+    if not isinstance(typed, Zo2Settings) or "base" in given or decoding.dtype != "bf16":
+        return whole
+    if budget.gpu_bytes is None or typed.resident_blocks == shape.num_blocks:
+        return whole
+    fewer = _placed(engine, shape, decoding, given.completed(base="lossless"), budget)
+    return fewer if fewer[1] is None else whole
+
+
+def _placed(
+    engine: str, shape: ModelShape, decoding: Decoding, given: GivenSettings, budget: Budget
+) -> tuple[GivenSettings, str | None]:
+    """`fitting` for the base that is given."""
     check_blocks(engine, given.typed, shape.name, shape.num_blocks)
     settings = given
     if isinstance(given.typed, Zo2Settings):

@@ -23,7 +23,7 @@ from harness.quality.judge import StudyResult, judge_study
 from harness.records.metrics import HIGHER_IS_BETTER
 from harness.records.shared import shared_job, shared_name
 from profiles.documents import read_document
-from profiles.machine import Machine, load_machine
+from profiles.machine import MACHINE_FILE, Machine, load_machine
 from reports.load import Broken, engine_order
 
 ABOUT = "about.txt"
@@ -73,11 +73,11 @@ def load_study(folder: Path) -> LoadedStudy:
     broken: list[Broken] = []
     trials = _load_trials(folder, plan, broken)
     machine: Machine | None = None
-    if exists(folder / "machine.json"):
+    if exists(folder / MACHINE_FILE):
         try:
-            machine = load_machine(folder / "machine.json")
+            machine = load_machine(folder / MACHINE_FILE)
         except UserError as error:
-            broken.append(Broken(file="machine.json", reason=error.why))
+            broken.append(Broken(file=MACHINE_FILE, reason=error.why))
     about = ""
     if exists(folder / ABOUT):
         try:

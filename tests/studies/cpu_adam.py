@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from engines.cpu_updates import cpu_adam as kernel  # noqa: E402
-from engines.cpu_updates import pipeline  # noqa: E402
+from engines.cpu_updates import cpu_threads, pipeline  # noqa: E402
 from engines.transfer import pinned  # noqa: E402
 from engines.transfer.clock import now_s  # noqa: E402
 
@@ -64,7 +64,7 @@ def urgent_applying() -> Iterator[None]:
 def share_of_threads(share: float) -> Iterator[None]:
     """Adam has that share of the threads."""
     count = torch.get_num_threads()
-    with mock.patch.object(pipeline, "SPARE_THREADS", count - max(1, round(share * count))):
+    with mock.patch.object(cpu_threads, "SPARE_THREADS", count - max(1, round(share * count))):
         yield
 
 

@@ -23,11 +23,17 @@ HIDDEN = 1.05
 """The CPU counts as hidden where a step takes no longer than this times the GPU's own work."""
 
 
-def crossover(step_s: Mapping[int, float]) -> float | None:
-    """T* of median seconds by tokens per step; `None` where the shortest step is not the CPU's: two steps of
-    other lengths that take as long, or the longest ones that grow less than the line through zero."""
+BUSY = 0.6
+"""The CPU decides a step of which its update takes this share at least; the rest is what its first and last
+block wait for. Else a step that does not grow with its tokens is one of many small kernels."""
+
+
+def crossover(step_s: Mapping[int, float], cpu_s: float | None) -> float | None:
+    """T* of median seconds by tokens per step, and the CPU's of the shortest; `None` where that is not the
+    CPU's: two steps of other lengths that take as long, the longest ones that grow less than the line through
+    zero, or a CPU that is idle for most of it."""
     tokens = sorted(step_s)
-    if len(tokens) < 3:
+    if len(tokens) < 3 or cpu_s is None or cpu_s < BUSY * step_s[tokens[0]]:
         return None
     slope = (step_s[tokens[-1]] - step_s[tokens[-2]]) / (tokens[-1] - tokens[-2])
     if slope <= 0 or step_s[tokens[0]] <= slope * tokens[0]:
@@ -99,10 +105,12 @@ def main(argv: Sequence[str]) -> int:
     counts = sorted(map(int, arguments.accumulation.split(",")))
     of_a_batch = arguments.batch_size * arguments.seq_len
     step_s: dict[int, float] = {}
+    cpu_s: dict[int, float | None] = {}
     for count, told in take_steps(arguments, counts).items():
         step, gpu, cpu = ([value for value in each if value is not None] for each in zip(*told, strict=True))
         tokens = count * of_a_batch
         step_s[tokens] = statistics.median(step)
+        cpu_s[tokens] = statistics.median(cpu) if cpu else None
         busy = [f"{1e3 * statistics.median(each):.1f}" if each else "not measured" for each in (gpu, cpu)]
         hides = bool(gpu) and step_s[tokens] <= HIDDEN * statistics.median(gpu)
         print(
@@ -110,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
             f"{'hidden' if hides else 'not hidden'}",
             flush=True,
         )
-    found = crossover(step_s)
+    found = crossover(step_s, cpu_s[min(cpu_s)])
     print(f"T* measured: {'not found at these lengths' if found is None else f'{found:,.0f} tokens'}")
     if arguments.profile is not None:
         told_t = predicted(arguments)

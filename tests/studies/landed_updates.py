@@ -23,10 +23,11 @@ from engines.base import Update
 from engines.costs.quantized import matrix_bytes
 from engines.noise.philox import NoiseKey, normal
 from engines.noise.tiles import one
-from engines.noise.visits import DeviceUpdateLog, Outputs, Rounding, Visit
+from engines.noise.visits import DeviceUpdateLog, Outputs, Visit
 from engines.noise.weight_pass import visit
 from engines.quantized import quantized_pass
 from engines.quantized.codec import pack, unpack
+from engines.settings.checks import Rounding
 from engines.settings.zeroth_order import Base
 
 COUNT = 1 << 22

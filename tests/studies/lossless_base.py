@@ -29,7 +29,8 @@ from engines.costs.quantized import lossless_bytes  # noqa: E402
 from engines.lossless import lossless_pass  # noqa: E402
 from engines.noise import weight_pass  # noqa: E402
 from engines.noise.tiles import one  # noqa: E402
-from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Visit  # noqa: E402
+from engines.noise.visits import DeviceUpdateLog, Outputs, Visit  # noqa: E402
+from engines.settings.zeroth_order import Noise  # noqa: E402
 
 MATRICES = (5120 * 5120,) * 4 + (5120 * 20480,) * 2
 MOST_MORE = 0.05

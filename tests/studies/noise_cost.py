@@ -28,9 +28,10 @@ from engines.base import Update  # noqa: E402
 from engines.costs.quantized import TILE_ELEMENTS, matrix_bytes  # noqa: E402
 from engines.noise import weight_pass  # noqa: E402
 from engines.noise.tiles import one  # noqa: E402
-from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Visit  # noqa: E402
+from engines.noise.visits import DeviceUpdateLog, Outputs, Visit  # noqa: E402
 from engines.quantized import quantized_pass  # noqa: E402
 from engines.quantized.codec import pack  # noqa: E402
+from engines.settings.zeroth_order import Noise  # noqa: E402
 
 UPDATES = (0, 4)
 NOISES: tuple[Noise, ...] = ("gaussian", "binomial", "rademacher")

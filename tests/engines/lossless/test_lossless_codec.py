@@ -13,7 +13,9 @@ from engines.costs.quantized import lossless_bytes
 from engines.lossless import lossless_codec, lossless_pass
 from engines.noise import weight_pass
 from engines.noise.tiles import Segment, one
-from engines.noise.visits import DeviceUpdateLog, Noise, Outputs, Rounding, Visit
+from engines.noise.visits import DeviceUpdateLog, Outputs, Visit
+from engines.settings.checks import Rounding
+from engines.settings.zeroth_order import Noise
 
 CPU = torch.device("cpu")
 SIZES = [1, 3, 511, 2047, 2048, 2049, 5000]

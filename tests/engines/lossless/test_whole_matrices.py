@@ -3,6 +3,7 @@ base all the same."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,21 @@ from typing import Any
 import pytest
 import torch
 from ranks import in_ranks
-from zeroth_order_runs import Engine, assert_same_weights, context, make_mezo, make_zo2, save
+from zeroth_order_runs import (
+    KNOBS,
+    Engine,
+    assert_same_steps,
+    assert_same_weights,
+    context,
+    make_mezo,
+    make_zo2,
+    save,
+)
 
 from engines.base import StepStats, Update
 from engines.decoding import GenerationRequest
+from engines.methods.zo2 import Zo2
+from engines.settings.zeroth_order import Zo2Settings
 from engines.world import ALONE, World
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
@@ -89,6 +101,21 @@ def test_several_micro_batches() -> None:
         assert full.step(group).updates == lossless.step(group).updates
     assert set(lossless.whole_matrices) == set(CROWDED)
     assert_same_weights(full, lossless)
+
+
+@pytest.mark.gpu
+def test_copies_that_are_late_change_nothing() -> None:
+    """Whole matrices come and go between those of the ring, which are held up at random."""
+    where = context("cuda", "bf16")
+    late = Zo2(Zo2Settings(**KNOBS, base="lossless", fold_every=2), where)
+    chosen = random.Random(0)
+    late.link_delay = lambda: chosen.randrange(2_000_000)
+    late.setup(crowding())
+    batches = tiny_batches(4, "llama")
+    assert_same_steps(full := make_mezo(crowding(), where), late, [batches[i % 4] for i in range(60)])
+    assert set(late.whole_matrices) == set(CROWDED)
+    assert_same_weights(full, late)
+    late.close()
 
 
 def test_saved_resumed_replayed_and_exported(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from engines.base import Update
 from engines.noise import philox, tiles, visits
 from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.noise.tiles import LANES, TILE, Segment, one
-from engines.noise.visits import LOG_CAPACITY, DeviceUpdateLog, Noise, Outputs, Rounding, Visit
+from engines.noise.visits import LOG_CAPACITY, DeviceUpdateLog, Outputs, Visit
 from engines.noise.weight_pass import rows, visit
+from engines.settings.checks import Rounding
+from engines.settings.zeroth_order import Noise
 
 KEY = NoiseKey(seed=11, step=3, tensor=2)
 CPU = torch.device("cpu")

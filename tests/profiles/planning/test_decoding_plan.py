@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from known_shapes import OPT_13B
@@ -10,6 +11,7 @@ from tiny_machine import make_machine
 from engines.costs.decoding import Decoding, least_gpu_bytes, traffic
 from engines.errors import UserError
 from engines.settings.zeroth_order import Zo2Settings
+from engines.shapes import ModelShape
 from profiles.machine import absent
 from profiles.planning.budget import Budget, budget_of, gpu_bytes_needed
 from profiles.planning.decoding import fitting, plan_generation
@@ -129,6 +131,20 @@ def test_a_lossless_base_gains_a_quarter_where_the_link_decides(prompts: int) ->
     assert full_s is not None
     assert lossless_s is not None
     assert lossless_s / full_s == pytest.approx(0.76, abs=0.01)
+
+
+def test_blocks_that_come_up_in_bf16_are_lossless_unless_it_is_said() -> None:
+    machine = make_machine()
+    budget, in_bf16 = budget_of(machine, None, None, None), replace(ONE, dtype="bf16")
+
+    def base(shape: ModelShape, decoding: Decoding, values: dict[str, Any]) -> str:
+        plan = plan_generation("zo2", machine, shape, decoding, given_settings("zo2", values), budget)
+        return str(plan.settings.typed.base)
+
+    assert base(OPT_13B, in_bf16, {"resident_blocks": 0}) == "lossless"
+    assert base(OPT_13B, in_bf16, {"resident_blocks": 0, "base": "full"}) == "full"
+    assert base(OPT_13B, ONE, {"resident_blocks": 0}) == "full"
+    assert base(replace(OPT_13B, num_blocks=1), in_bf16, {}) == "full"
 
 
 def test_without_a_figure_there_is_no_floor() -> None:
