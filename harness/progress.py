@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, Self
 
 from rich.console import Console
@@ -14,6 +16,9 @@ from rich.table import Column
 
 from profiles.language import translated, word
 from profiles.units import format_bytes
+
+A_MOMENT_S = 1.0
+"""What nobody asks about."""
 
 PLAIN_WIDTH = 160
 """Columns of a table that does not go to a terminal."""
@@ -86,10 +91,16 @@ class Progress:
 
 @contextmanager
 def told(what: str, *, quiet: bool) -> Iterator[None]:
-    """A bar, or without a terminal a line, for work that takes some seconds and counts nothing."""
+    """A bar, or without a terminal a line, for work that counts nothing and takes longer than a moment."""
     with Progress(quiet) as progress:
-        progress.update(what, 0, 1)
-        yield
+        tell = copy_context().run  # in the language spoken here
+        late = threading.Timer(A_MOMENT_S, tell, (progress.update, what, 0, 1))
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
+            late.join()
 
 
 class ProbeProgress(Progress):

@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("gpu") and config.pluginmanager.hasplugin("xdist"):
             # In one process, one after the other: they measure the GPU's memory.
             item.add_marker(pytest.mark.xdist_group("gpu"))
+        elif item.get_closest_marker("together") and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     for marker in ("families", "kills", "quiet"):
         if marker not in config.option.markexpr:
             items[:] = [item for item in items if not item.get_closest_marker(marker)]

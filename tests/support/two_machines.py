@@ -1,9 +1,9 @@
 """Two machines on one: network namespaces with a link of 1 Gbit/s between them, and the same command on both.
 
-    unshare -rn python tests/support/two_machines.py OUT STEPS -- ARGUMENTS OF lspzo-bench run
+    unshare -rn python tests/support/two_machines.py '[[OUT, [STEPS, ...], [ARGUMENT OF run, ...]], ...]'
 
-Runs `run ARGUMENTS --steps N --nodes 2 --out OUT/N-RANK` for each N of STEPS (such as 2,12) and prints JSON:
-of each the bytes that went over the link, both ways, and the wall time.
+Runs `run ARGUMENTS --steps N --nodes 2 --out OUT/N-RANK` for each N of STEPS and prints JSON, a list for each
+job: of each N what the machines told, the bytes that went over the link, both ways, and the wall time.
 
     unshare -rn python tests/support/two_machines.py pace STEPS ROUNDS
 
@@ -104,9 +104,11 @@ def main() -> None:
                     found[name].append(pace(inside, steps, size))
             print(json.dumps(found))
             return
-        end = sys.argv.index("--")
-        out, counts = Path(sys.argv[1]), [int(each) for each in sys.argv[2].split(",")]
-        print(json.dumps([train(inside, out, each, sys.argv[end + 1 :]) for each in counts]))
+        told = [
+            [train(inside, Path(out), steps, arguments) for steps in counts]
+            for out, counts, arguments in json.loads(sys.argv[1])
+        ]
+        print(json.dumps(told))
     finally:
         holder.kill()
         holder.wait()

@@ -76,10 +76,12 @@ def test_any_family_with_micro_batches(family: str) -> None:
     assert_same_weights(full, lossless)
 
 
-def test_copies_that_are_late_change_nothing() -> None:
+@pytest.mark.parametrize(
+    ("device", "steps"), [("cpu", 20), pytest.param("cuda", 1000, marks=pytest.mark.gpu)]
+)
+def test_copies_that_are_late_change_nothing(device: str, steps: int) -> None:
     """On a GPU copies are held up at random; on a CPU the order of work alone is tested."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    steps, where = (1000 if device == "cuda" else 20), context(device, "bf16", steps=1000)
+    where = context(device, "bf16", steps=1000)
     late = Zo2(Zo2Settings(**KNOBS, base="lossless", fold_every=2), where)
     chosen = random.Random(0)
     late.link_delay = lambda: chosen.randrange(2_000_000)

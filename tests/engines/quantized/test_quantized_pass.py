@@ -291,12 +291,11 @@ def test_the_compiled_kernel_gives_the_same_bits_as_the_cpu(
             check_kernel(base, 1_000_001, dtype, store=store, sides=sides, perturb=perturb, **how)
 
 
-@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    ("kind", "sides", "store"),
+    ("base", "kind", "sides", "store"),
     [
-        *((kind, 2, True) for kind in KINDS), ("gaussian", 0, True), ("gaussian", 1, False),
-        ("gaussian", 2, False),
+        *(("int8", kind, 2, True) for kind in KINDS), *((base, "gaussian", 2, True) for base in BASES[1:]),
+        ("int4", "gaussian", 0, True), ("int4", "gaussian", 1, False), ("int4", "gaussian", 2, False),
     ],
 )  # fmt: skip
 def test_matrices_that_lie_together_are_visited_as_one_by_one(

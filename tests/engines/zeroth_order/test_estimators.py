@@ -205,10 +205,10 @@ def test_zo2_equals_mezo(settings: MezoSettings, family: str, tied: bool, knobs:
     where = context(dtype="bf16")
     mezo = make_mezo(tiny_blueprint(family, tied), where, like=settings)
     streamed = make_zo2(tiny_blueprint(family, tied), where, like=settings, **knobs)
-    told = assert_same_steps(mezo, streamed, tiny_batches(7, family))
+    told = assert_same_steps(mezo, streamed, tiny_batches(5, family))
     held_out = tiny_batches(2, family, seed=5)
     assert streamed.evaluate(held_out) == mezo.evaluate(held_out)
-    assert_same_steps(mezo, streamed, tiny_batches(3, family, seed=9))
+    assert_same_steps(mezo, streamed, tiny_batches(2, family, seed=9))
     assert_same_weights(mezo, streamed)
     streamed_blocks = 3 - knobs.get("resident_blocks", 0)
     block_bytes = 2 * tiny_blueprint(family).shape.block_parameters

@@ -17,9 +17,11 @@ from tiny_machine import make_machine
 from engines import ENGINES, default_engines, public_engines
 from harness.cli import app
 from harness.pipeline import PreparedJob, Sweep
+from harness.progress import told
 from harness.records.job import Job
 from harness.records.run import Run, load_run
 from profiles.documents import to_json
+from profiles.language import speaking
 from profiles.machine import Machine, load_machine
 from run_records import make_sweep, write_folder
 
@@ -82,7 +84,8 @@ def one_line(done: Done) -> str:
     ("arguments", "words"),
     [
         (("--model", "opt-1.3c", "--random-weights"), ("opt-1.3c", "opt-1.3b")),
-        ((*TINY, "--engines", "natif"), ("natif", "choose from")),
+        ((*TINY, "--engines", "natif"), ("natif", "did you mean native?")),
+        ((*TINY, "--engines", "xyz"), ("xyz", "choose from")),
         ((*TINY, "--data", "missing.tsv"), ("missing.tsv",)),
         ((*TINY, "--data", "table.xlsx"), ("table.xlsx",)),
         ((*TINY, "--seq-len", "100000"), ("100000", "256")),
@@ -121,6 +124,8 @@ def test_a_wrong_flag_is_one_line(
         (("run", "--engine", "native", *TINY, "--profile", "missing.json"), ("missing.json",)),
         (("run", "--engine", "native", *TINY, "--vram", "24"), ("--vram '24'", "24GB")),
         (("recommend", "--model", "roberta-base", "--random-weights", "--head", "causal_lm"), ("encoder",)),
+        (("recommend", *TINY, "--engines", "fsdp2"), ("did you mean fsdp2-offload?", "lspzo-bench engines")),
+        (("recommend", *TINY, "--engines", "zo"), ("did you mean zo2 or mezo?",)),
     ],
 )
 def test_a_command_that_cannot_be_meant_is_one_line(
@@ -388,6 +393,18 @@ def test_data_of_a_named_shape_needs_no_word_about_weights(call) -> None:
     done = call("data", "builtin", "--model", "tiny-llama", "--seq-len", "64", "--examples", "1")
     assert done.code == 0
     assert "example 1" in done.out
+    assert done.err == ""
+
+
+def test_what_takes_longer_than_a_moment_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with told("reading a.csv", quiet=False):
+        pass
+    monkeypatch.setattr("harness.progress.A_MOMENT_S", 0.01)
+    with speaking("ja"), told("reading much", quiet=False):
+        time.sleep(0.3)
+    assert capsys.readouterr().err.split() == ["much", "を読み込んでいます"]
 
 
 def test_a_gpu_that_torch_cannot_use_is_neither_planned_for_nor_recorded(

@@ -27,11 +27,14 @@ def test_a_shell_completes_commands_and_flags(words: str, found: set[str]) -> No
     assert set(done.stdout.split()) == found, done.stderr
 
 
-@pytest.mark.parametrize("command", ["engines", "models", "--help"])
-def test_lists_are_there_without_torch(command: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [("engines", False), ("models", False), ("--help", False), ("export nowhere", True)],
+)
+def test_lists_and_refusals_are_there_without_torch(words: str, is_refused: bool) -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from harness.cli.app import app\n"
-        f"assert CliRunner().invoke(app, ['{command}']).exit_code == 0\n"
+        f"assert bool(CliRunner().invoke(app, {words.split()!r}).exit_code) == {is_refused}\n"
         "print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

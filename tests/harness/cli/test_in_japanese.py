@@ -60,6 +60,18 @@ def test_recommend_says_all_of_it(arguments: list[str]) -> None:
         assert left == [], line
 
 
+def test_data_says_all_of_it_but_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\nhello there,1\nbad,0\nfine day,1\n")
+    flags = ("--model", "tiny-opt", "--seq-len", "20", "--examples", "1")
+    lines = printed("data", str(path), *flags).splitlines()
+    said = [line for line in lines if line and "\u00b7" not in line]
+    assert len(said) >= 8
+    for line in said:
+        assert ENGLISH.findall(AS_TYPED.sub("", line)) == [], line
+        assert JAPANESE.search(line) or line.startswith("ラベル"), line
+
+
 @pytest.mark.parametrize(
     ("told", "words"),
     [

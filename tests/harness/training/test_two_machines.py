@@ -44,42 +44,61 @@ def on_two_machines(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+LSP = {"learning_rate": 1e-3, "d": 16, "check_every": 100}
+JOB_OF_LSP = [*JOB[:4], "lsp", *JOB[5:-2], *(f"--set={key}={value}" for key, value in LSP.items())]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("machines")
+
+
+@pytest.fixture(scope="module")
+def told(out: Path) -> Any:
+    """What the script prints of zo2 in a few steps and in more, and of lsp."""
+    jobs = [(str(out / "zo2"), (10, 40), JOB), (str(out / "lsp"), (4, 12), JOB_OF_LSP)]
+    return on_two_machines(json.dumps(jobs))
+
+
+def by_one(out: Path, *arguments: str) -> None:
+    command = [sys.executable, "-P", "-m", "harness", "run", *arguments, "--quiet", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def predicted_bytes(engine: str, **asked: Any) -> float:
+    """That plans say a step sends."""
+    shape, settings = named_shape("tiny-llama"), given_settings(engine, **asked).typed
+    workload = Workload(batch_size=1, seq_len=32, dtype="fp32", accumulation=1)
+    return sent_bytes(traffic(engine, shape, workload, settings), workload, ranks=2, nodes=2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
+@pytest.mark.together
 @pytest.mark.usefixtures("forked_programs")
-def test_two_machines_take_the_steps_of_one_and_send_a_few_bytes(tmp_path: Path) -> None:
+def test_two_machines_take_the_steps_of_one_and_send_a_few_bytes(told: Any, out: Path) -> None:
     """What the link carries is the same in every step and does not know the model: losses and orders, as many
     bytes as plans say."""
-    few, run = on_two_machines(str(tmp_path), "10,40", "--", *JOB)
+    few, run = told[0]
     assert run["told"][1] == "40 steps taken with the machine of NODE_RANK 0, which has the model"
-    shape, settings = named_shape("tiny-llama"), given_settings("zo2").typed
-    workload = Workload(batch_size=1, seq_len=32, dtype="fp32", accumulation=1)
-    predicted = sent_bytes(traffic("zo2", shape, workload, settings), workload, ranks=2, nodes=2)
-    assert (run["link_bytes"] - few["link_bytes"]) / 30 == pytest.approx(predicted, rel=0.15)
-    command = [sys.executable, "-P", "-m", "harness", "run", *JOB, "--steps", "40", "--quiet"]
-    out = ["--out", str(tmp_path / "one")]
-    one = subprocess.run([*command, *out], cwd=ROOT, capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
-    assert log_of(tmp_path / "one") == log_of(tmp_path / "40-0")
-    assert_same_weights(tmp_path / "one" / "model", tmp_path / "40-0" / "model")
+    assert (run["link_bytes"] - few["link_bytes"]) / 30 == pytest.approx(predicted_bytes("zo2"), rel=0.15)
+    by_one(out / "zo2" / "one", *JOB, "--steps", "40")
+    assert log_of(out / "zo2" / "one") == log_of(out / "zo2" / "40-0")
+    assert_same_weights(out / "zo2" / "one" / "model", out / "zo2" / "40-0" / "model")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_make_networks(), reason="network namespaces, or tc, are not allowed here")
+@pytest.mark.together
 @pytest.mark.usefixtures("forked_programs")
-def test_two_machines_send_each_other_the_cores_of_lsp(tmp_path: Path) -> None:
+def test_two_machines_send_each_other_the_cores_of_lsp(told: Any, out: Path) -> None:
     """And take the steps of one process that accumulates; the link carries what plans say."""
-    asked = {"learning_rate": 1e-3, "d": 16, "check_every": 100}
-    job = [*JOB[:4], "lsp", *JOB[5:-2], *(f"--set={key}={value}" for key, value in asked.items())]
-    few, run = on_two_machines(str(tmp_path), "4,12", "--", *job)
-    shape, settings = named_shape("tiny-llama"), given_settings("lsp", **asked).typed
-    workload = Workload(batch_size=1, seq_len=32, dtype="fp32", accumulation=1)
-    predicted = sent_bytes(traffic("lsp", shape, workload, settings), workload, ranks=2, nodes=2)
-    assert (run["link_bytes"] - few["link_bytes"]) / 8 == pytest.approx(predicted, rel=0.15)
-    command = [sys.executable, "-P", "-m", "harness", "run", *job, "--steps", "12", "--quiet"]
-    one = subprocess.run([*command, "--out", str(tmp_path / "one")], cwd=ROOT, capture_output=True, text=True)
-    assert one.returncode == 0, one.stderr
-    assert_same_weights(tmp_path / "one" / "model", tmp_path / "12-0" / "model")
+    few, run = told[1]
+    sent = (run["link_bytes"] - few["link_bytes"]) / 8
+    assert sent == pytest.approx(predicted_bytes("lsp", **LSP), rel=0.15)
+    by_one(out / "lsp" / "one", *JOB_OF_LSP, "--steps", "12")
+    assert_same_weights(out / "lsp" / "one" / "model", out / "lsp" / "12-0" / "model")
 
 
 @pytest.mark.quiet
