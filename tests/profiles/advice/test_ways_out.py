@@ -45,11 +45,12 @@ def test_micro_batches_first_since_they_cost_no_quality() -> None:
     assert found.times is not None
 
 
-def test_the_authors_laptop_is_told_to_leave_embeddings_alone() -> None:
+def test_a_small_card_is_told_to_leave_embeddings_alone() -> None:
+    """On the authors' laptop, which has 3.81 GiB to give, not even that is enough."""
+    job = {"d": 1280, "r": 4, "projector": "paper", "weights": "resident"}
     found = way(
-        "lsp", "deepseek-coder-1.3b", "rtx-a1000-laptop",
-        {"d": 1280, "r": 4, "projector": "paper", "weights": "resident"}, workload={"seq_len": 384},
-    )  # fmt: skip
+        "lsp", "deepseek-coder-1.3b", "rtx-3060-12gb", job, workload={"seq_len": 384}, vram_bytes=9 * 2**29
+    )
     assert found.flags.startswith("--set lsp.train_outer=false")
     assert "embeddings" in found.quality
 
