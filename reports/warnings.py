@@ -34,6 +34,7 @@ def warnings(
         _about_criteria(runs, criteria),
         _about_offload(criteria),
         _about_failures(all_),
+        _about_surroundings(runs),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _about_native(runs, method),
         _about_native_at_best(all_),
@@ -234,6 +235,11 @@ def _about_approximations(runs: Sequence[Run]) -> str | None:
 def _about_notes(runs: Sequence[Run]) -> str | None:
     items = dict.fromkeys(f"{run.engine}: {note}" for run in runs for note in run.notes or ())
     return say("warning.notes", items="; ".join(items)) if items else None
+
+
+def _about_surroundings(runs: Sequence[Run]) -> str | None:
+    items = dict.fromkeys(translated(note) for run in runs for note in run.environment.notes or ())
+    return say("warning.surroundings", items="; ".join(items)) if items else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:

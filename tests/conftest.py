@@ -27,6 +27,8 @@ os.environ.pop("COLUMNS", None)  # of pytest-xdist, which would make tables narr
 # Nothing that is kept for the next run is read from this user's cache, or left there.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lspzo-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Tests beside are no news to the runs that tests start, here and in forks.
+os.getloadavg = lambda: (0.0, 0.0, 0.0)
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 

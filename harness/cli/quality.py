@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -34,8 +35,9 @@ def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: boo
         with TrialProgress(quiet) as progress:
             result = run_study(ready, report=progress.print, on_event=progress.launched)
     except KeyboardInterrupt:
+        out = shlex.quote(str(ready.out))
         sys.stderr.write(
-            f"stopped: finished trials are kept; go on with the same flags, --resume and --out {ready.out}\n"
+            f"stopped: finished trials are kept; go on with the same flags, --resume and --out {out}\n"
         )
         raise
     if as_json:

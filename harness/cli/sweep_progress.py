@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Self
 
@@ -50,7 +51,7 @@ class CompareProgress:
 
     def _planned(self, event: Planned) -> None:
         for note in event.notes:
-            self._progress.print(f"note: {note}")
+            self._progress.print(f"note: {translated(note)}")
         for run_id in event.kept:
             how = ", made of what its ended run had left" if run_id in event.taken_up else ""
             self._progress.print(f"kept     {run_id}{how}")
@@ -68,7 +69,8 @@ def measure_seen(ready: PreparedJob, sweep: Sweep) -> list[Run]:
         with CompareProgress(sweep.quiet) as progress:
             return measure_plans(ready, sweep, progress.update)
     except KeyboardInterrupt:
-        how = f"stopped: finished runs are kept; go on with the same flags, --resume and --out {sweep.out}"
+        out = shlex.quote(str(sweep.out))
+        how = f"stopped: finished runs are kept; go on with the same flags, --resume and --out {out}"
         sys.stderr.write(f"{translated(how)}\n")
         raise
 

@@ -16,6 +16,10 @@ from profiles.system.nvml import LinkState, NvmlDevice, open_device
 PACKAGES = ("numpy", "safetensors", "tokenizers", "triton", "torchao", "nvidia-ml-py")
 """Recorded beside torch and transformers where they are installed."""
 
+BUSY_TIMES = 3.0
+"""Processes that want to run, over cores, from which a machine is called busy. Just after a probe it is 1 at
+most."""
+
 PROJECT = Path(harness.__file__).resolve().parent.parent
 
 
@@ -41,7 +45,7 @@ def read_environment() -> Environment:
         dirty=dirty,
         program=harness.__version__,
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
-        notes=capability_notes(capability),
+        notes=(*capability_notes(capability), *busy_notes(os.getloadavg()[0], os.cpu_count() or 1)),
         packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
     )
 
@@ -68,6 +72,16 @@ def capability_notes(capability: tuple[int, int] | None) -> tuple[str, ...]:
     return (
         f"{known} has no bf16 in hardware: it is emulated, slowly; --dtype fp16 is advised for mezo and zo2, "
         "--dtype fp32 for the other methods; no measurement of ours is of such a card",
+    )
+
+
+def busy_notes(load_average: float, cores: int) -> tuple[str, ...]:
+    """What a person should know of other work on this machine: `load_average` processes want its `cores`."""
+    if load_average < BUSY_TIMES * cores:
+        return ()
+    return (
+        f"the processor is busy with other work: {load_average:.0f} processes for {cores} cores as the runs "
+        "began; steps take longer, and --timeout may end them",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -71,7 +72,7 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
             raise UserError("NODE_RANK", "is not 0: this process does not lead", "start it with NODE_RANK=0")
         write_whole(work / FOLLOW, to_json(Following(job=job, method=method_of(engine_name, settings))))
         others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
-        remedy = f"go on with --resume --out {out}, with as many GPUs as there are"
+        remedy = f"go on with --resume --out {shlex.quote(str(out))}, with as many GPUs as there are"
         try:
             with _watched(others, work, remedy):
                 world = met(ranks[0], job, engine_name, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import statistics
 from collections import deque
@@ -294,7 +295,7 @@ def _board_writer(folder: Path) -> Any:
 
 def _stop(out: Path, step: int, total: int, progress: Progress) -> None:
     """Raises `KeyboardInterrupt`."""
-    progress.print(f"stopped after step {step} of {total}; go on with --resume --out {out}")
+    progress.print(f"stopped after step {step} of {total}; go on with --resume --out {shlex.quote(str(out))}")
     raise KeyboardInterrupt
 
 

@@ -132,4 +132,4 @@ def _more(engines: Sequence[str], *, rounds: int) -> str:
 def _again(out: str, changes: str = "") -> str:
     """The job anew with `changes`, in a folder `out`."""
     sweep = " ".join(f"--job job.toml {changes} --out {shlex.quote(out)}".split())
-    return f"lspzo-bench compare {sweep} && lspzo-bench report {out}"
+    return f"lspzo-bench compare {sweep} && lspzo-bench report {shlex.quote(out)}"

@@ -8,6 +8,7 @@ is told whom another beats in time and in quality.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from harness.quality.judge import LEAST_SEEDS, MethodResult, SeedSpread
@@ -180,10 +181,10 @@ def command(study: LoadedStudy, out: str) -> str:
     engines = ",".join(each.name for each in plan.methods)
     budget = plan.budget
     length = f"{budget.seconds:g}s" if budget.seconds is not None else f"{budget.tokens:.0f}tokens"
-    test = "" if plan.test is None else f" --test-data {plan.test}"
+    test = "" if plan.test is None else f" --test-data {shlex.quote(str(plan.test))}"
     return (
         f"lspzo-bench compare --job job.toml --engines {engines} --target '{plan.target}' --budget {length} "
-        f"--seeds {len(plan.seeds)}{test} --out {out}"
+        f"--seeds {len(plan.seeds)}{test} --out {shlex.quote(out)}"
     )
 
 

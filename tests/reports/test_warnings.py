@@ -40,6 +40,7 @@ def test_warnings() -> None:
         ({"commit": None}, "not known"),
         ({"platform": "Linux 6.6 WSL2"}, "WSL2"),
         ({"emulated": "rtx-4090"}, "emulated machine (rtx-4090)"),
+        ({"notes": ("the processor is busy",)}, "Of the machine: the processor is busy."),
     ):
         runs = [make_run(environment=make_environment(**changes))]  # type: ignore[arg-type]
         assert words in warnings_of(runs, ASKED)

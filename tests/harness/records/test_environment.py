@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 import harness.records.environment
 from harness.records.environment import (
+    busy_notes,
     capability_notes,
     describe_link,
     gpu_notes,
     read_commit,
     read_environment,
 )
+from profiles.language import speaking, translated
 from profiles.system.nvml import NvmlDevice
 
 
@@ -150,3 +152,11 @@ def test_outside_of_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.M
     assert read_commit(tmp_path) == (None, None)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert read_commit(harness.records.environment.PROJECT) == (None, None)
+
+
+def test_other_work_on_the_machine_is_told() -> None:
+    assert busy_notes(5.9, 2) == ()
+    (note,) = busy_notes(13.2, 2)
+    assert "13 processes for 2 cores" in note
+    with speaking("ja"):
+        assert translated(note).startswith("実行開始時")
