@@ -13,6 +13,10 @@ from profiles.planning.context import Choice, PlanningContext
 LOSS_TOKENS = 1024
 """Positions of a chunk: enough for full speed in products with a vocabulary."""
 
+FEWER_LOSS_TOKENS = (256, 64)
+"""Of a smaller one, where a micro-batch is one sequence and cannot be smaller. The vocabulary's weights are
+read anew for each chunk, which no prediction counts."""
+
 
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     """`checkpointed_blocks`, where --checkpointing allows any; `loss_tokens`, where nothing fits without it;
@@ -48,15 +52,15 @@ def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
 def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:
     """`loss_tokens`, if with it the job fits, and as few recomputed blocks as fit then; `missing` is why it
     does not fit without."""
+    if "loss_tokens" in given or context.shape.head != "causal_lm":
+        return None
     whole = context.workload.batch_size * context.workload.seq_len
-    if "loss_tokens" in given or context.shape.head != "causal_lm" or whole <= LOSS_TOKENS:
-        return None
-    found = _fewest(context, given.completed(loss_tokens=LOSS_TOKENS))
-    if context.why_missing(found.settings.typed) is not None:
-        return None
-    return Choice(
-        found.settings, (f"loss_tokens={LOSS_TOKENS}: without it the job {missing}", *found.reasons)
-    )
+    for chunk in (LOSS_TOKENS, *(FEWER_LOSS_TOKENS if context.workload.batch_size == 1 else ())):
+        found = _fewest(context, given.completed(loss_tokens=chunk))
+        if chunk < whole and context.why_missing(found.settings.typed) is None:
+            reason = f"loss_tokens={chunk}: without it the job {missing}"
+            return Choice(found.settings, (reason, *found.reasons))
+    return None
 
 
 def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bool:
