@@ -36,7 +36,7 @@ from harness.data.token_tables import (
 from harness.data.tokenized import Tokenized
 from harness.models.candidates import Candidates, candidates_of
 from harness.models.configs import load_config
-from harness.models.tokenizers import Tokenizer, load_tokenizer
+from harness.models.tokenizers import Tokenizer, check_knows_tokens, load_tokenizer
 from harness.records.job import Job
 from harness.records.seeds import derive_seed
 
@@ -93,9 +93,12 @@ class Data:
 
 
 def make_data(job: Job, shape: ModelShape) -> Data:
-    """The data of `job` for a model of `shape`. Raises `UserError` as `tokenize` does."""
+    """The data of `job` for a model of `shape`. Raises `UserError` as `tokenize` and `check_knows_tokens`."""
     tokenized = tokenize(job, shape)
-    return _random_data(job, shape) if tokenized is None else batches_of(tokenized, job)
+    if tokenized is None:
+        return _random_data(job, shape)
+    check_knows_tokens(job.model, shape.vocabulary)
+    return batches_of(tokenized, job)
 
 
 def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:

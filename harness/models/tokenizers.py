@@ -72,6 +72,10 @@ class Tokenizer(Protocol):
         `ValueError` if the template refuses them."""
 
 
+BYTES_VOCABULARY = 1024
+"""A model of bytes has 256 tokens, some of its own, and what pads them to a round number."""
+
+
 class ByteTokenizer:
     """UTF-8 bytes, one token each, for models that come without a tokenizer.
 
@@ -232,8 +236,7 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Tokenizer:
     """
     config = load_config(source)
     folder = local_folder(source)
-    has_none = folder is not None and not any(exists(folder / name) for name in _VOCABULARY_FILES)
-    if source.name in NAMED_SHAPES or has_none:
+    if source.name in NAMED_SHAPES or _has_none(source):
         return ByteTokenizer(config, vocabulary)
     from transformers import AutoTokenizer
 
@@ -246,6 +249,23 @@ def load_tokenizer(source: ModelSource, vocabulary: int) -> Tokenizer:
         raise
     with _one_line(f"model '{source.name}'"):
         return HubTokenizer(tokenizer, config, vocabulary)
+
+
+def _has_none(source: ModelSource) -> bool:
+    folder = local_folder(source)
+    return folder is not None and not any(exists(folder / name) for name in _VOCABULARY_FILES)
+
+
+def check_knows_tokens(source: ModelSource, vocabulary: int) -> None:
+    """Raises `UserError` for a folder of trained weights without a tokenizer, unless `vocabulary` is one of
+    bytes: the ids of its tokens would mean something else."""
+    if source.random_weights or vocabulary <= BYTES_VOCABULARY or not _has_none(source):
+        return
+    raise UserError(
+        f"model '{source.name}'",
+        f"has no tokenizer, so text would be bytes to a vocabulary of {vocabulary:,} tokens",
+        "put the tokenizer's files (tokenizer.json) into its folder",
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def read_data_text(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         where = f"{encoding.removesuffix('-sig').upper()} (byte {error.start:,})"
-        remedy = "convert it to UTF-8, such as with: iconv -f LATIN1 -t UTF-8"
+        remedy = f"convert it to UTF-8, such as with: iconv -f {_likely(content)} -t UTF-8 FILE > NEW"
         raise UserError(f"data '{path}'", f"is not {where}", remedy) from None
     if not text.strip():
         raise UserError(f"data '{path}'", "is empty", "give a file with examples")
@@ -89,6 +90,17 @@ def read_data_text(path: Path) -> str:
             f"data '{path}'", f"holds a zero byte in line {line:,}", "give it as plain UTF-8 text"
         )
     return text
+
+
+def _likely(content: bytes) -> str:
+    """The name that iconv has for what the bytes may be in: Japanese encodings where they are well-formed in
+    one and say something in kana there, else the one in which every byte is a letter."""
+    for encoding in ("euc_jp", "cp932"):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = content.decode(encoding)
+            if any("ぁ" <= letter <= "ヺ" for letter in text):
+                return {"euc_jp": "EUC-JP", "cp932": "CP932"}[encoding]
+    return "LATIN1"
 
 
 def shortened(text: str, most: int = 24) -> str:

@@ -330,8 +330,12 @@ def test_faults_beyond_one_file(numbered: str, tmp_path: Path) -> None:
         data_of(str(tmp_path))
     latin = tmp_path / "latin.txt"
     latin.write_bytes("caf\u00e9".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match=r"is not UTF-8.* iconv -f LATIN1"):
         data_of(str(latin))
+    for encoding, name in (("cp932", "CP932"), ("euc_jp", "EUC-JP")):
+        latin.write_bytes("これは良い本です\t1\n".encode(encoding))
+        with pytest.raises(UserError, match=f"is not UTF-8.* iconv -f {name} -t UTF-8"):
+            data_of(str(latin))
     other = tmp_path / "other.tsv"
     other.write_text("good\t1\nodd\t2\n")
     with pytest.raises(UserError, match=r"other.tsv: line 2: label 2 is not among .* 0 to 1"):

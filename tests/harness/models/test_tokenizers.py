@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from tiny_tokenizer import write_tokenizer
 
 from engines.errors import UserError
 from harness.models.configs import NAMED_SHAPES
-from harness.models.tokenizers import ByteTokenizer, HubTokenizer, load_tokenizer, tokenizer_files
+from harness.models.tokenizers import (
+    ByteTokenizer,
+    HubTokenizer,
+    check_knows_tokens,
+    load_tokenizer,
+    tokenizer_files,
+)
 from harness.records.job import ModelSource
 
 IDS = st.none() | st.integers(-1, 400)
@@ -103,3 +110,22 @@ def test_a_broken_tokenizer_is_named(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(UserError, match="tokenizer cannot be used"):
         load_tokenizer(ModelSource(name=str(folder), random_weights=True), 320)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "files", "random_weights", "refused"),
+    [
+        (32_000, (), False, True),
+        (32_000, (), True, False),
+        (32_000, ("tokenizer.json",), False, False),
+        (259, (), False, False),
+    ],
+)
+def test_trained_weights_without_a_tokenizer_learn_no_bytes(
+    vocabulary: int, files: tuple[str, ...], random_weights: bool, refused: bool, tmp_path: Path
+) -> None:
+    for name in ("config.json", *files):
+        (tmp_path / name).write_text("{}")
+    source = ModelSource(name=str(tmp_path), random_weights=random_weights)
+    with pytest.raises(UserError, match="has no tokenizer") if refused else nullcontext():
+        check_knows_tokens(source, vocabulary)
