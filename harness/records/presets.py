@@ -41,5 +41,5 @@ def preset_values(name: str, has_gpu: bool) -> dict[str, Any]:
         "steps": 30,
         "warmup_steps": 3,
         "eval_batches": 8,
-        "limits": {"timeout_s": 120.0},
+        "limits": {"timeout_s": 600.0},
     }
