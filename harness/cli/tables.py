@@ -121,8 +121,11 @@ def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Tabl
 def runs_table(runs: Sequence[Run]) -> RenderableType:
     """What was measured, one row per run; below it why runs failed, and each method beside native."""
     reasons: dict[str, list[str]] = {}
+    for engine in dict.fromkeys(run.engine for run in runs):
+        missed = bands_missed([run for run in runs if run.engine == engine])
+        reasons[engine] = list(missed)
     for run in runs:
-        lines = reasons.setdefault(run.engine, [])
+        lines = reasons[run.engine]
         lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]
     likes = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     title = f"Measured, emulating {', '.join(likes)}" if likes else "Measured"
@@ -180,8 +183,6 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"traced, which costs time: {run.trace_file or 'the trace could not be kept'}"
     if (approximate := approximation(run.plan.settings)) is not None:
         yield approximate
-    if (missed := band_missed(run)) is not None:
-        yield missed
     yield from run.notes or ()
     if run.summary.compile_s is not None and run.summary.compile_s >= COMPILING_MATTERS_S:
         yield f"compiled for {format_seconds(run.summary.compile_s)}, in its first steps"
@@ -197,19 +198,29 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"{run.end_state}: {run.end_reason}"
 
 
-def band_missed(run: Run) -> str | None:
-    """That a step took less or more than the range that was predicted; `None`: it lay within."""
-    predicted, taken_s = run.predicted, run.summary.step_s_median
-    if predicted is None or taken_s is None or predicted.step_s_low is None or predicted.step_s_high is None:
-        return None
-    if predicted.step_s_low <= taken_s <= predicted.step_s_high:
-        return None
-    side = "faster" if taken_s < predicted.step_s_low else "slower"
-    span = f"{format_seconds(predicted.step_s_low)} to {format_seconds(predicted.step_s_high)}"
-    return (
-        f"{side} than the range predicted: {format_seconds(taken_s)}, not {span}; "
-        "'recommend --calibrate FOLDER' learns from it"
-    )
+def bands_missed(runs: Sequence[Run]) -> Iterator[str]:
+    """That steps of a method's `runs` took less or more than the range that was predicted: a line for those
+    below it and one for those above, of each range."""
+    missed: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        predicted, taken_s = run.predicted, run.summary.step_s_median
+        if predicted is None or taken_s is None:
+            continue
+        low_s, high_s = predicted.step_s_low, predicted.step_s_high
+        if low_s is None or high_s is None or low_s <= taken_s <= high_s:
+            continue
+        side = "faster" if taken_s < low_s else "slower"
+        missed.setdefault((side, _span(low_s, high_s)), []).append(taken_s)
+    for (side, span), times_s in missed.items():
+        yield (
+            f"{side} than the range predicted: {_span(min(times_s), max(times_s))}, not {span}; "
+            "'recommend --calibrate FOLDER' learns from it"
+        )
+
+
+def _span(low_s: float, high_s: float) -> str:
+    low, high = format_seconds(low_s), format_seconds(high_s)
+    return low if low == high else f"{low} to {high}"
 
 
 def _token_rate(run: Run, step_s: float | None) -> str:

@@ -110,11 +110,15 @@ def test_a_step_outside_the_range_that_was_predicted_is_told() -> None:
     run = make_run("zo2")
     assert run.predicted is not None
     within = replace(run, predicted=replace(run.predicted, step_s_low=1e-9, step_s_high=1e9))
-    assert tables.band_missed(within) is None
+    assert list(tables.bands_missed([within])) == []
     slower = replace(run, predicted=replace(run.predicted, step_s_low=1e-9, step_s_high=2e-9))
     assert "slower than the range predicted" in " ".join(drawn(tables.runs_table([slower]), 200).split())
-    faster = replace(run, predicted=replace(run.predicted, step_s_low=1e8, step_s_high=1e9))
-    assert "faster than" in str(tables.band_missed(faster))
+    faster = [
+        make_run("zo2", round=each, step_s=(seconds,) * 8) for each, seconds in ((1, 1.0), (2, 3.0), (3, 2.0))
+    ]
+    band = replace(run.predicted, step_s_low=10.0, step_s_high=20.0)
+    (line,) = tables.bands_missed([replace(each, predicted=band) for each in faster])
+    assert line.startswith("faster than the range predicted: 1.00 s to 3.00 s, not 10.0 s to 20.0 s;")
 
 
 def test_what_one_step_in_many_does_is_told_beside_the_ratio_of_medians() -> None:
