@@ -19,7 +19,6 @@ from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.padding import padded_length
-from harness.models.tokenizers import check_knows_tokens
 from harness.progress import console, told
 from harness.records.job import Job
 from harness.records.manifest import CRITERIA_FILE
@@ -290,7 +289,6 @@ def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:
         from harness.data.batches import tokenize
         from harness.data.tokenized import save_tokenized
 
-        check_knows_tokens(job.model, shape.vocabulary)
         tokenized = tokenize(job, shape)
     if tokenized is not None:
         for line in tokenized.readings:

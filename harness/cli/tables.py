@@ -120,10 +120,10 @@ def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Tabl
 
 def runs_table(runs: Sequence[Run]) -> RenderableType:
     """What was measured, one row per run; below it why runs failed, and each method beside native."""
-    reasons: dict[str, list[str]] = {}
-    for engine in dict.fromkeys(run.engine for run in runs):
-        missed = bands_missed([run for run in runs if run.engine == engine])
-        reasons[engine] = list(missed)
+    reasons = {
+        engine: list(bands_missed([run for run in runs if run.engine == engine]))
+        for engine in dict.fromkeys(run.engine for run in runs)
+    }
     for run in runs:
         lines = reasons[run.engine]
         lines += [line for line in dict.fromkeys(_run_notes(run)) if line not in lines]

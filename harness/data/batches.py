@@ -93,22 +93,20 @@ class Data:
 
 
 def make_data(job: Job, shape: ModelShape) -> Data:
-    """The data of `job` for a model of `shape`. Raises `UserError` as `tokenize` and `check_knows_tokens`."""
+    """The data of `job` for a model of `shape`. Raises `UserError` as `tokenize` does."""
     tokenized = tokenize(job, shape)
-    if tokenized is None:
-        return _random_data(job, shape)
-    check_knows_tokens(job.model, shape.vocabulary)
-    return batches_of(tokenized, job)
+    return _random_data(job, shape) if tokenized is None else batches_of(tokenized, job)
 
 
 def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
     """The data of `job` in tokens, for a model of `shape`; `None` where tokens are drawn at random.
 
     Raises `UserError` for files that are missing or malformed, that hold too little, or that do not suit
-    the model's head.
+    the model's head; and for trained weights that come without a tokenizer.
     """
     if job.data.train == "random":
         return None
+    check_knows_tokens(job.model, shape.vocabulary)
     examples = examples_of(job, load_config(job.model))
     tokenizer = load_tokenizer(job.model, shape.vocabulary)
     if job.data.template and (not shape.predicts_tokens or not examples.labelled):

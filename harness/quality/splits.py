@@ -11,7 +11,7 @@ from harness.data.batches import tokenize
 from harness.data.token_tables import TokenTable
 from harness.data.tokenized import Tokenized
 from harness.models.candidates import candidates_of
-from harness.models.tokenizers import check_knows_tokens, load_tokenizer
+from harness.models.tokenizers import load_tokenizer
 from harness.quality.documents import StudySizes
 from harness.records.job import Job
 from harness.records.learning import Learning, LearningLength
@@ -23,7 +23,6 @@ def split(job: Job, shape: ModelShape, test: str | None, sizes: StudySizes) -> T
 
     Raises `UserError` as training would, and for data of which nothing can be held out.
     """
-    check_knows_tokens(job.model, shape.vocabulary)
     whole = tokenize(job, shape)
     if whole is None or len(whole.held_out) < 2:
         raise UserError(

@@ -95,11 +95,10 @@ def read_data_text(path: Path) -> str:
 def _likely(content: bytes) -> str:
     """The name that iconv has for what the bytes may be in: Japanese encodings where they are well-formed in
     one and say something in kana there, else the one in which every byte is a letter."""
-    for encoding in ("euc_jp", "cp932"):
+    for encoding in ("EUC-JP", "CP932"):
         with contextlib.suppress(UnicodeDecodeError):
-            text = content.decode(encoding)
-            if any("ぁ" <= letter <= "ヺ" for letter in text):
-                return {"euc_jp": "EUC-JP", "cp932": "CP932"}[encoding]
+            if any("ぁ" <= letter <= "ヺ" for letter in content.decode(encoding)):
+                return encoding
     return "LATIN1"
 
 
