@@ -33,11 +33,11 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
+from profiles.planning.methods.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder
-from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.rates import COPY_WRITE_ALLOCATE
 from profiles.units import format_seconds
 

@@ -15,7 +15,7 @@ from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, why_missing
 from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
-from profiles.planning.precisions import faster_moments
+from profiles.planning.moments import faster_moments
 from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
 from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder
