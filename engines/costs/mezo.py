@@ -359,27 +359,20 @@ def gpu_memory(
         "activations": hidden + (2 - one_sided) * transformer.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
-    # A chunk of logits is there until the next one has been made room for.
-    at_once = 2 if shape.head == "causal_lm" else 1
     at_head, without_triton = (
         {
             **kept,
             "scratch": scratch + head_scratch,
             "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
-            "logits": at_once * transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
+            "logits": transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
         }
         for has_triton in (True, False)
     )
     apart = APART_SHARE * max(in_block["activations"], at_head["activations"])
     if as_graphs:
-        # The pool of the graphs stays, and nothing else may use it. What the first step's blocks had, before
-        # there were graphs, lies beside it, and has places for the head.
-        pool = graph_pool_bytes(shape, workload, settings)
-        of_head = head_scratch + 2 * 2 * transformer.hidden_bytes(shape, workload)
-        widest = (2 - one_sided) * workload.batch_size * workload.seq_len * element * shape.intermediate
-        if at_head["logits"] <= at_once * widest:
-            of_head += at_head["logits"]
-        beside = sum(at_head.values()) + pool + max(0, pool - of_head)
+        # The pool of the graphs stays, and nothing else may use it: the head has places of its own. What the
+        # first step's blocks had, before there were graphs, was given back before the first capture.
+        beside = sum(at_head.values()) + graph_pool_bytes(shape, workload, settings)
         apart = max(0, beside - max(sum(in_block.values()), sum(at_head.values())))
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}

@@ -8,7 +8,8 @@ those of a full base: only where weights lie changes, and a visit of such a matr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from engines.noise.visits import Visit
 from engines.transfer.link import Link
 from engines.transfer.pinned import HostSlab
+from engines.world import World
 
 
 @dataclass(slots=True)
@@ -97,9 +99,33 @@ class WholeMatrices:
         here = self._link.record()
         self._link.wait(self._link.download(weights, kept.weights, after=here, name=f"block {block}"))
 
+    def take_from_first(
+        self, world: World, blocks: Collection[int], dtype: torch.dtype, num_applied: Callable[[int], int]
+    ) -> None:
+        """After weights were loaded or a log was replayed: of `blocks`, which rank 0 wrote for the others, it
+        alone knows which matrices found no room, and hands those of `dtype` out. All ranks call it.
+        `num_applied` is how many updates of the log a block has."""
+        mine = [place for place in self._kept if place[0] in blocks]
+        of_ranks = [json.loads(each) for each in world.exchange(json.dumps(mine).encode())]
+        if all(each == of_ranks[0] for each in of_ranks):
+            return
+        for block, part in of_ranks[0]:
+            content = b""
+            if world.rank == 0:
+                content = self._kept[block, part].weights.cpu().view(torch.uint8).numpy().tobytes()
+            values = torch.frombuffer(bytearray(world.broadcast(content)), dtype=dtype)
+            if world.rank > 0:
+                self.add(block, part, values.to(self._device), num_applied(block))
+
     def clear(self) -> None:
         """All matrices are in tiles again. After the copies have ended."""
         slabs = [kept.slab for kept in self._kept.values() if kept.slab is not None]
         self._kept.clear()
         for slab in slabs:
             slab.close()
+
+
+def names_of_ranks(names: Sequence[str], world: World) -> list[str]:
+    """Those of all ranks, in their order: each has tried to write other blocks' matrices to tiles."""
+    of_ranks = world.exchange("\n".join(names).encode())
+    return [name for each in of_ranks for name in each.decode().split("\n") if name]

@@ -62,15 +62,14 @@ from torch import Tensor
 
 from engines.base import Blueprint, Context
 from engines.costs.mezo import hidden_state_bytes, num_probes
-from engines.costs.zo2 import choose_on_disk, folds, folds_disk, num_staying, resident_indices
+from engines.costs.zo2 import folds, folds_disk, num_staying, resident_indices
 from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
-from engines.offload.disk import DiskBlocks, spill_folder
-from engines.offload.disk_files import BlockFiles
-from engines.offload.disk_tensors import FetchedTensors, in_place
+from engines.offload.blocks_on_disk import BlocksOnDisk, put_on_disk, which_on_disk
+from engines.offload.disk_tensors import FetchedTensors
 from engines.offload.ring import BlockStream
-from engines.offload.shared_disk import BlocksOnDisk, SharedDisk
+from engines.offload.shared_disk import SharedDisk
 from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.shapes import ModelShape
@@ -139,23 +138,11 @@ class StreamedBlocks:
         self._copies = copies
         self._delays = link_delay, disk_delay_s
         self._world = context.world if settings.shares_blocks else Alone()
-        host_bytes = self._host_bytes_of_all()
         self._resident = resident_indices(len(forms), settings.resident_blocks)
-        self.on_disk = choose_on_disk(
-            [form.size_bytes for form in forms], self._resident, settings.disk_blocks, host_bytes
-        )
+        self.on_disk = which_on_disk(forms, self._resident, settings, context, self._world)
         self.disk: BlocksOnDisk | None = None
         self.stream: BlockStream | None = None
         self.states: States = StatesOnDevice()
-
-    def _host_bytes_of_all(self) -> int | None:
-        """What blocks on the host may take: of all ranks of the machine that have them once. All ranks find
-        the same, since the same blocks are on disk for all."""
-        world, found = self._context.world, self._context.host_bytes
-        if world.size > 1 and self._settings.disk_blocks == "auto":
-            told = [own for (own,) in world.gather([-1 if found is None else found])]
-            found = None if min(told) < 0 else int(min(told))
-        return None if found is None else found * self._world.local_size
 
     def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
         """Raises `InfeasiblePlan` if the disk is too small."""
@@ -164,7 +151,11 @@ class StreamedBlocks:
         streamed = frozenset(range(len(self._forms))) - self._resident
         model.scratch.whole = WholeMatrices(self.link.device, self.link, streamed)
         if self.on_disk:
-            self.disk = self._make_disk(blueprint)
+            changed = self._changed_on_disk() if folds_disk(self._settings, self._context.total_steps) else []
+            self.disk = put_on_disk(
+                self._forms, self.on_disk, self._settings, blueprint, self._context, self.link,
+                written_back=changed, delay_s=self._delays[1], timeline=self._clocks.timeline,
+            )  # fmt: skip
         if self._settings.hidden_states == "host":
             self.states = self._make_states(blueprint.shape)
         self.stream = BlockStream(
@@ -204,22 +195,6 @@ class StreamedBlocks:
             for index in range(len(self._forms))
             if index in self._updates.trained - self._resident - self.on_disk and folds(index, step, every)
         ]
-
-    def _make_disk(self, blueprint: Blueprint) -> BlocksOnDisk:
-        context, settings = self._context, self._settings
-        as_stored = {i: self._forms[i].layout for i in self.on_disk} if settings.base == "full" else {}
-        sizes_bytes = {i: self._forms[i].size_bytes for i in sorted(self.on_disk)}
-        folder = spill_folder(settings.disk_folder)
-        written_back = self._changed_on_disk() if folds_disk(settings, context.total_steps) else []
-        there = in_place(as_stored, blueprint, context.workload.dtype, self._forms[0].dtype.itemsize)
-        delay_s, timeline = self._delays[1], self._clocks.timeline
-        if context.world.local_size > 1:
-            return SharedDisk(
-                sizes_bytes, folder, self.link, context.progress, context.world,
-                written_back=written_back, in_place=there, delay_s=delay_s, timeline=timeline,
-            )  # fmt: skip
-        files = BlockFiles(sizes_bytes, folder, written_back=written_back, in_place=there)
-        return DiskBlocks(files, self.link, context.progress, delay_s=delay_s, timeline=timeline)
 
     def _changed_on_disk(self) -> list[int]:
         """Blocks on disk that training changes."""

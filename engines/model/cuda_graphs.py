@@ -92,6 +92,8 @@ class BlockGraphs:
     def _capture(self, index: int, form: _Form) -> Any:
         graph = _cuda.CUDAGraph()
         torch.cuda.synchronize()
+        if not form.graphs:
+            _cuda.empty_cache()  # what the first step left in the ordinary pool is room for the graphs'
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -40,9 +40,10 @@ from torch import Tensor
 
 from engines.costs.zo2 import ring_bytes
 from engines.errors import UserError
+from engines.offload.blocks_on_disk import BlocksOnDisk
 from engines.offload.disk import DiskBlocks
 from engines.offload.shared_blocks import SharedBlocks
-from engines.offload.shared_disk import BlocksOnDisk, SharedDisk
+from engines.offload.shared_disk import SharedDisk
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link

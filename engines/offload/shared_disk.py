@@ -394,7 +394,3 @@ class SharedDisk:
         self._slots.clear()
         self._slabs.close()
         self._numbers.close()
-
-
-BlocksOnDisk = DiskBlocks | SharedDisk
-"""Those of one process, or of several."""

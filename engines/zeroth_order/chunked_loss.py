@@ -227,6 +227,7 @@ def _scores(
                 )
                 multiply(tokens, weight.t(), chunk_bias, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
+                del logits  # or the next ones are made beside them
     return [running.scores(targets.labels) for running in sides]
 
 

@@ -17,7 +17,6 @@ Longer than 400 lines: all that is done with the weights between steps is here.
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.decoding import Decoded, GenerationRequest
 from engines.errors import UserError
+from engines.lossless.whole_matrices import names_of_ranks
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import ModelLayout, lay_out
@@ -242,8 +242,7 @@ class ZerothOrder(ABC):
             blueprint.fill(name, weight)
         crowded = self._fill(blueprint.fill, anew=False)
         if self.settings.base == "lossless":
-            told = self.context.world.exchange("\n".join(crowded).encode())
-            crowded = [name for names in told for name in names.decode().split("\n") if name]
+            crowded = names_of_ranks(crowded, self.context.world)
         if crowded:
             # Only now are sizes known: those matrices stay as they are, and all is made anew.
             made.close()
@@ -269,7 +268,9 @@ class ZerothOrder(ABC):
     def step(self, batches: Sequence[Batch]) -> StepStats:
         settings, clocks, step = self.settings, self._clocks, self._updates.step
         if self._may_differ and settings.base == "lossless":
-            self._agree_on_whole()
+            self._model.scratch.whole.take_from_first(
+                self.context.world, self.blocks.shared, self._dtype, self._updates.num_applied
+            )
         self._may_differ = False
         window = window_due(settings, step)
         earlier = self.blocks.begin_step(window)
@@ -335,20 +336,6 @@ class ZerothOrder(ABC):
             with self.blocks.at_rest(each.block) as memory:
                 tiles = self._forms[each.block].part(memory, each.part)
                 scratch.make_whole(each, tiles, self._updates.none())
-
-    def _agree_on_whole(self) -> None:
-        """After weights were loaded or a log was replayed: of blocks that one rank wrote for the others, that
-        rank alone knows which matrices found no room. Rank 0 hands those out."""
-        whole, world = self._model.scratch.whole, self.context.world
-        mine = [place for place, _ in whole.items() if place[0] in self.blocks.shared]
-        told = [json.loads(each) for each in world.exchange(json.dumps(mine).encode())]
-        for block, part in told[0] if any(each != told[0] for each in told) else ():
-            content = b""
-            if world.rank == 0:
-                content = whole[block, part].weights.cpu().view(torch.uint8).numpy().tobytes()
-            values = torch.frombuffer(bytearray(world.broadcast(content)), dtype=self._dtype)
-            if world.rank > 0:
-                whole.add(block, part, values.to(self.device), self._updates.num_applied(block))
 
     def _losses_of_all(
         self, own: Tensor, division: Sequence[Share], sides: Sequence[int], step: int

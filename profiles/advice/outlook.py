@@ -9,7 +9,7 @@ from engines import entry
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
 from engines.shapes import ModelShape, Workload
-from profiles.advice.amount import Amount
+from profiles.advice.amount import ONE_STEP, Amount
 from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
 from profiles.machine import Machine
 from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
@@ -17,8 +17,6 @@ from profiles.planning.plan import Plan
 from profiles.planning.precisions import why_no_dtype
 from profiles.planning.ranks import context_of_a_rank
 from profiles.planning.recommend import plan_engine
-
-ONE_STEP = "one step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engines.costs.disk import fewest_on_disk
 from engines.costs.traffic import Traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES_WITHOUT_GPU
 from profiles.machine import Figure, Gpu, Machine
@@ -150,6 +151,24 @@ def host_bytes_without_gpu(cost: Traffic) -> int:
     there = cost.peak_gpu_bytes + cost.gpu_without_triton_bytes
     compiler = cost.host_memory_bytes.get("compiler", 0)
     return there + cost.peak_host_bytes - process - compiler + smaller
+
+
+def num_on_disk(cost: Traffic, budget: Budget, local_ranks: int = 1) -> int:
+    """Blocks that host memory has no room for; `cost` is that of a step with none on disk, of one process,
+    `budget` that of each of the machine's ranks."""
+    block_bytes = max(layer.h2d_bytes for layer in cost.layers)
+    if not (cost.pinned_bytes and block_bytes):
+        return 0
+    part = cost.of_a_rank(local_ranks)
+    others_bytes = host_bytes_needed(part, budget) - part.pinned_bytes
+    streamed = cost.pinned_bytes // block_bytes
+    usable = budget.host_bytes - others_bytes
+    if budget.pinned_bytes is not None:  # what of the blocks is in host memory is pinned
+        usable = min(usable, budget.pinned_bytes)
+    if local_ranks > 1 and "blocks, pinned" in cost.shared_host_bytes:  # which they have once
+        spare = cost.shared_host_bytes["blocks, pinned"] - cost.host_memory_bytes["blocks, pinned"]
+        usable = local_ranks * usable - spare
+    return fewest_on_disk([block_bytes] * streamed, usable)
 
 
 def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:

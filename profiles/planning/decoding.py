@@ -10,10 +10,9 @@ from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import Base, Zo2Settings, check_blocks
 from engines.shapes import ModelShape
 from profiles.machine import Machine
-from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, why_missing
+from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, num_on_disk, why_missing
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
-from profiles.planning.zo2 import num_on_disk
 
 
 def fitting(

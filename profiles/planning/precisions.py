@@ -1,18 +1,10 @@
-"""Which precisions a machine and a method can both do, and what moments of fewer bits would gain: plans say
-that, and choose none, as they are approximate. Pure; no torch."""
+"""Which precisions a machine and a method can both do. Pure; no torch."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 from engines import entry
 from engines.shapes import Dtype
 from profiles.machine import Machine
-from profiles.planning.context import PlanningContext
-from profiles.planning.predict import predict
-from profiles.units import format_seconds
 
 FIRST_WITH_BF16 = (8, 0)
 """Compute capability of the first GPUs with matrix products in bf16 (Ampere)."""
@@ -20,15 +12,8 @@ FIRST_WITH_BF16 = (8, 0)
 BY_COST: tuple[Dtype, ...] = ("bf16", "fp16", "fp32")
 """The order in which precisions are advised: the cheap ones first."""
 
-
 INSTEAD = "; use --dtype "
 """Between why a precision does not go and those that do."""
-
-CPU_BOUND = frozenset({"cpu", "host memory"})
-"""What a step waits for where moments of fewer bytes help."""
-
-WORTH_SAYING = 0.95
-"""A step that takes more than this share of the one with fp32 moments is not worth a word."""
 
 
 def why_no_dtype(machine: Machine, dtype: Dtype) -> str | None:
@@ -52,22 +37,3 @@ def dtypes_for(engine: str, machine: Machine) -> tuple[Dtype, ...]:
         for dtype in BY_COST
         if dtype not in refused and why_no_dtype(machine, dtype) is None and not (on_cpu and dtype == "fp16")
     )
-
-
-def faster_moments(context: PlanningContext, settings: Any, kinds: Sequence[str]) -> str | None:
-    """A plan's sentence on the first of `kinds` that makes a step faster which waits for the CPU's update;
-    `None`: it waits for something else, or `settings` have moments that are approximate already."""
-    if settings.moments != "fp32" or context.machine.gpu is None:
-        return None
-    now = predict(context.cost(settings), context.machine, context.workload)
-    if now.step_s is None or now.bottleneck not in CPU_BOUND:
-        return None
-    for kind in kinds:
-        cost = context.cost(replace(settings, moments=kind))
-        step_s = predict(cost, context.machine, context.workload).step_s
-        if step_s is not None and step_s <= WORTH_SAYING * now.step_s:
-            return (
-                f"not chosen unless set: moments={kind}, which is approximate, would make it "
-                f"{format_seconds(step_s)} a step in place of {format_seconds(now.step_s)}"
-            )
-    return None

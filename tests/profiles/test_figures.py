@@ -31,7 +31,7 @@ def test_labels_tell_figures_apart() -> None:
 
 @pytest.mark.parametrize(
     ("reader", "places"),
-    [("predict", ("planning/*.py", "rates.py")), ("doctor", ("doctor/*.py",))],
+    [("predict", ("planning/**/*.py", "rates.py")), ("doctor", ("doctor/*.py",))],
     ids=["predict", "doctor"],
 )
 def test_who_reads_a_figure_is_told_as_it_is(reader: Reader, places: tuple[str, ...]) -> None:

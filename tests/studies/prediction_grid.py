@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
 from engines.costs.traffic import Traffic  # noqa: E402
+from engines.costs.transformer import runs_as_graphs  # noqa: E402
 from engines.settings.parse import parse_settings  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402
 from harness.records.environment import read_environment  # noqa: E402
@@ -74,6 +75,8 @@ CELL_S = 120.0
 LEAST_HOST_BYTES = 4_000_000_000
 COUNTED_ONCE_FROM = "2026-11-29T16:00"
 """Records of before count pages of host memory that helpers share once for each."""
+FREED_FROM = "2026-11-29T22:00"
+"""Before it forward-only methods kept what the first step's blocks had beside the pool of their graphs."""
 BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
@@ -467,11 +470,21 @@ def row_of(record: Run, machine: Machine) -> Row:
         fits=record.plan.fits,
         step=over(now.step_s, took_s if alone else None),
         inside=inside,
-        reserved=over(reserved_bytes(cost, budget), measured.peak_gpu_reserved_bytes),
+        reserved=over(reserved_bytes(cost, budget), measured.peak_gpu_reserved_bytes)
+        if needs_as_today(record)
+        else None,
         host=over(now.peak_host_bytes, measured.peak_host_bytes)
         if now.peak_host_bytes > LEAST_HOST_BYTES and record.time >= COUNTED_ONCE_FROM
         else None,
     )
+
+
+def needs_as_today(record: Run) -> bool:
+    """Whether the GPU memory that it took is what the engine of today would take."""
+    if record.engine not in ("mezo", "zo2") or record.time >= FREED_FROM:
+        return True
+    job = make_job(record.job, record.id)
+    return not runs_as_graphs(resolve_shape(job), job.workload)
 
 
 def cost_of(record: Run, job: Job) -> Traffic:

@@ -142,6 +142,14 @@ def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
     assert "--host-memory 1.82 TiB is more than" in done.stderr
 
 
+@pytest.mark.parametrize(("size", "told"), [("8GB", True), ("8GiB", False), ("7.5GB", False)])
+def test_a_limit_in_decimal_gigabytes_is_told_beside_what_cards_hold(size: str, told: bool) -> None:
+    done = CliRunner().invoke(app, ["recommend", *ON_A_CARD, "--vram", size, "--quiet"])
+    assert done.exception is None
+    said = "--vram 8GB is 7.45 GiB; a card sold as 8 GB holds 8 GiB (--vram 8GiB)"
+    assert (said in done.stderr) == told
+
+
 def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:
     asked = ["recommend", *ON_A_CARD, "--gpus", "2", "--quiet"]
     done = CliRunner().invoke(app, asked)

@@ -18,11 +18,11 @@ from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine
 from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.context import PlanningContext
+from profiles.planning.methods.zo2 import AS_FAST, FREE_SHARE
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import dtypes_for
 from profiles.planning.predict import predict
 from profiles.planning.recommend import recommend
-from profiles.planning.zo2 import AS_FAST, FREE_SHARE
 
 RTX_3090 = find_profile(Path("rtx-3090"))
 GB = 10**9

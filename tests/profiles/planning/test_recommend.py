@@ -33,11 +33,11 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
+from profiles.planning.methods.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder
-from profiles.planning.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
 from profiles.rates import COPY_WRITE_ALLOCATE
 from profiles.units import format_seconds
 
@@ -205,6 +205,13 @@ def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     assert told[0] == "quality: d is 0.62 of n, and d = 0.5 n was studied, over three seeds"
     assert "(3.3 M parameters) it ended 5 % (4.3 to 5.8) above native's perplexity per byte" in told[1]
     assert told[-1] == "quality: of 1.35 B parameters it is not known"
+
+
+def test_a_d_that_compresses_nothing_is_said() -> None:
+    said = "d={}: nothing is compressed, as no matrix has more than 2048 on its smaller dimension"
+    for d, is_said in ((2047, False), (2048, True), (5000, True)):
+        (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": d}}))
+        assert (said.format(d) in chosen.reasons) is is_said
 
 
 def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:

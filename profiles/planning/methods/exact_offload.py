@@ -15,7 +15,7 @@ from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
 from profiles.planning.context import Choice, PlanningContext, SettingChange
-from profiles.planning.precisions import faster_moments
+from profiles.planning.moments import faster_moments
 from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 

@@ -11,14 +11,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from engines.costs.disk import fewest_on_disk
 from engines.costs.traffic import Traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings.given import GivenSettings, Value
 from engines.settings.zeroth_order import MOST_DEFERRED, MOST_QUERIES, Zo2Settings
 from engines.shapes import Workload
 from profiles.machine import Machine
-from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, host_bytes_needed, why_missing
+from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed, num_on_disk, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.fold_every import fold_for_loss, warning_on_given
 from profiles.planning.predict import predict, resource_s
@@ -38,6 +37,9 @@ FOLDS = (1, 2, 4, 8, 16)
 
 FOLD_AS_FAST = 1.01
 """A step within this factor of the fastest `fold_every` counts as equally fast."""
+
+QUERIED = ("spsa", "1.5-spsa")
+"""Estimators whose every query is a direction of its own, as good as any other."""
 
 NOISE_FASTER = 0.95
 """Of a step with normals, below which another kind of noise is worth a line."""
@@ -134,10 +136,6 @@ def _with_other_noise(context: PlanningContext, given: GivenSettings, placed: Ch
         f"{format_seconds(normals_s)}: near-normals in half the instructions, as good by one study"
     )
     return Choice(placed.settings, (*placed.reasons, why))
-
-
-QUERIED = ("spsa", "1.5-spsa")
-"""Estimators whose every query is a direction of its own, as good as any other."""
 
 
 def most_queries(
@@ -255,24 +253,6 @@ def _helps_on_host(context: PlanningContext, settings: Zo2Settings) -> bool:
         for place in ("gpu", "host")
     )
     return here > usable >= away
-
-
-def num_on_disk(cost: Traffic, budget: Budget, local_ranks: int = 1) -> int:
-    """Blocks that host memory has no room for; `cost` is that of a step with none on disk, of one process,
-    `budget` that of each of the machine's ranks."""
-    block_bytes = max(layer.h2d_bytes for layer in cost.layers)
-    if not (cost.pinned_bytes and block_bytes):
-        return 0
-    part = cost.of_a_rank(local_ranks)
-    others_bytes = host_bytes_needed(part, budget) - part.pinned_bytes
-    streamed = cost.pinned_bytes // block_bytes
-    usable = budget.host_bytes - others_bytes
-    if budget.pinned_bytes is not None:  # what of the blocks is in host memory is pinned
-        usable = min(usable, budget.pinned_bytes)
-    if local_ranks > 1 and "blocks, pinned" in cost.shared_host_bytes:  # which they have once
-        spare = cost.shared_host_bytes["blocks, pinned"] - cost.host_memory_bytes["blocks, pinned"]
-        usable = local_ranks * usable - spare
-    return fewest_on_disk([block_bytes] * streamed, usable)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
