@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from engines.files.locks import own_folder
 
 # Kernels written in Triton run under its CPU interpreter where there is no GPU; read at triton's import.
 if not Path("/dev/nvidiactl").exists():
@@ -25,8 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ or not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # of pytest-xdist, which would make tables narrow
 # Nothing that is kept for the next run is read from this user's cache, or left there.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lspzo-cache-")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+_cache = contextlib.ExitStack()
+os.environ["XDG_CACHE_HOME"] = str(_cache.enter_context(own_folder()))
+atexit.register(_cache.close)
 # Tests beside are no news to the runs that tests start, here and in forks.
 os.getloadavg = lambda: (0.0, 0.0, 0.0)
 sys.path.insert(0, str(Path(__file__).parent / "support"))

@@ -248,8 +248,10 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     saved -= max(0, away - between)
     made = element * shape.block_parameters  # before they are added to the slot
     in_backward = 0
-    if passes.recomputed:
+    if passes.recomputed or passes.keeps_products:
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
+    if passes.recomputed == 0 and passes.keeps_products:  # what lies between the products
+        in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
     moments = (
         {
             "gradients": held["gradients"] + non_block,

@@ -101,6 +101,12 @@ def core_size(rows: int, columns: int, settings: LspSettings) -> int:
     return d // r * r
 
 
+def compresses(shape: ModelShape, settings: LspSettings) -> bool:
+    """Whether the d that is wanted for any matrix is below its smaller dimension."""
+    sides = [(matrix.rows, matrix.columns) for matrix in shape.matrices]
+    return any(settings.size_for(*each) < min(each) for each in sides)
+
+
 def core_elements(shape: ModelShape, settings: LspSettings) -> int:
     """Elements of all cores of one block."""
     return sum(core_size(matrix.rows, matrix.columns, settings) ** 2 for matrix in shape.matrices)

@@ -25,7 +25,6 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.rounding import keep_by_chance, noise
+from engines.files.locks import own_folder
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -214,8 +214,8 @@ def compiled() -> Any | None:
 
 def _compiled_by(compiler: list[str]) -> Any:
     # In a folder of its own and gone when it is loaded: nothing to be stale, or another machine's.
-    with TemporaryDirectory(prefix="lspzo-bench-") as folder:
-        made = Path(folder) / "cpu_adam.so"
+    with own_folder() as folder:
+        made = folder / "cpu_adam.so"
         command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_LIMIT_S)
         library = ctypes.CDLL(str(made))

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, PeerLost, UserError
+from engines.files.locks import own_folder
 from engines.files.reading import exists
 from engines.transfer.process_group import leave
 from engines.world import World
@@ -63,11 +63,10 @@ def follow_from_here(job: Job, engine_name: str, settings: Any, progress: Progre
     """
     check_gpus(job.limits, [engine_name])
     following = Following(job=job, method=method_of(engine_name, settings))
-    with tempfile.TemporaryDirectory(prefix="lspzo-bench-") as folder:
-        work = Path(folder)
+    with own_folder() as work:
         ranks = places(job.limits, work)
         write_whole(work / FOLLOW, to_json(following))
-        others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
+        others = Group(work, ranks[1:], None, MODULE, is_temporary=True) if ranks[1:] else None
         try:
             with user_errors(engine_name, job, None):
                 return follow(following, ranks[0], progress)

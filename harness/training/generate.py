@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from engines import generating_engines
 from engines.costs.decoding import Decoding
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import UserError
+from engines.files.locks import own_folder
 from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
@@ -102,8 +101,8 @@ def generate_from_run(
         _check_settings(given)
         shape = check_decoder(job)
         _Texts(job.model, shape, wanted)  # what can be refused is, before weights are read
-        with TemporaryDirectory(prefix=".generate-", dir=run.out) as folder:
-            exported = export_run(run.out, Path(folder) / "model", progress)
+        with own_folder(run.out) as folder:
+            exported = export_run(run.out, folder / "model", progress)
             of_export = replace(job, model=ModelSource(name=str(exported)), settings={engine_name: given})
             found = generate_from_model(of_export, engine_name, wanted, progress)
         return replace(found, model=job.model.name, step=run.step)

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import PeerLost, UserError
+from engines.files.locks import own_folder
 from engines.files.reading import exists
 from engines.transfer.clock import now_s
 from engines.transfer.process_group import leave, meet
@@ -65,13 +65,12 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
     if job.limits.gpus * job.limits.nodes == 1:
         yield ALONE
         return
-    with tempfile.TemporaryDirectory(prefix="lspzo-bench-") as folder:
-        work = Path(folder)
+    with own_folder() as work:
         ranks = places(job.limits, work)
         if ranks[0].rank != 0:
             raise UserError("NODE_RANK", "is not 0: this process does not lead", "start it with NODE_RANK=0")
         write_whole(work / FOLLOW, to_json(Following(job=job, method=method_of(engine_name, settings))))
-        others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
+        others = Group(work, ranks[1:], None, MODULE, is_temporary=True) if ranks[1:] else None
         remedy = f"go on with --resume --out {shlex.quote(str(out))}, with as many GPUs as there are"
         try:
             with _watched(others, work, remedy):

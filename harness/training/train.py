@@ -15,7 +15,7 @@ from typing import Any
 
 from engines import entry, load_engine
 from engines.base import Batch, Context, Evaluation, SupportsTrace
-from engines.costs.lsp import core_size
+from engines.costs.lsp import compresses
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
 from engines.files.locks import locked_folder
@@ -333,17 +333,13 @@ def context_of(job: Job, progress: Progress, *, trace: bool = False, world: Worl
 
 def _warn_of_no_compression(settings: object, shape: ModelShape, progress: Progress) -> None:
     """Say so where every core is as large as its matrix allows: little is gained then."""
-    if not isinstance(settings, LspSettings) or not shape.matrices:
+    if not isinstance(settings, LspSettings) or not shape.matrices or compresses(shape, settings):
         return
-    sides = [min(matrix.rows, matrix.columns) for matrix in shape.matrices]
-    if all(
-        core_size(matrix.rows, matrix.columns, settings) == side
-        for matrix, side in zip(shape.matrices, sides, strict=True)
-    ):
-        progress.print(
-            f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {max(sides)} at most "
-            "on their smaller dimension; set a smaller one with --set d=..., or give --profile"
-        )
+    largest = max(min(matrix.rows, matrix.columns) for matrix in shape.matrices)
+    progress.print(
+        f"note: d={settings.d} hardly compresses {shape.name}, whose matrices are {largest} at most on their "
+        "smaller dimension; set a smaller one with --set d=..., or give --profile"
+    )
 
 
 def _note_if_flat(job: Job, engine_name: str, out: Path, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from engines.costs.lsp import core_elements, core_size
+from engines.costs.lsp import compresses, core_elements, core_size
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
@@ -62,6 +62,12 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         reasons.append(f"d_by_shape={sizes.text}: {sizes.reason}")
     else:
         d = min(core_size(each.rows, each.columns, settings) for each in shape.matrices)
+        if not compresses(shape, settings):
+            largest = max(min(each.rows, each.columns) for each in shape.matrices)
+            reasons.append(
+                f"d={settings.d}: nothing is compressed, as no matrix has more than {largest} on its smaller "
+                "dimension"
+            )
     if "r" not in given:
         smallest = min(d, *(min(each.rows, each.columns) for each in shape.matrices))
         wanted = 4 if shape.hidden >= 1024 else 8

@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from engines.errors import UserError
 from engines.files.checksums import SUMS, check_sums, read_sums, write_sums
-from engines.files.locks import locked_folder
 from engines.files.writing import (
     TEMPORARY,
     clear_leftovers,
@@ -101,31 +99,6 @@ def test_leftovers_are_known_and_cleared(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".hidden", ".job.toml.orig", "model"}
     assert not is_leftover("model")
     clear_leftovers(tmp_path / "not there")
-
-
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    ask = (
-        "import sys; from pathlib import Path; from engines.files.locks import locked_folder\n"
-        "with locked_folder(Path(sys.argv[1])): print('mine')"
-    )
-    command = [sys.executable, "-c", ask, str(tmp_path / "out")]
-
-    def other() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-
-    with locked_folder(tmp_path / "out"):
-        assert "another process writes into this folder" in other().stderr
-        with pytest.raises(UserError, match="another process"), locked_folder(tmp_path / "out"):
-            pass
-    assert other().stdout == "mine\n"
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_locked(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match="cannot be written"), locked_folder(path):
-            pass
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

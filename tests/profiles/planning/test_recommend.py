@@ -207,6 +207,13 @@ def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     assert told[-1] == "quality: of 1.35 B parameters it is not known"
 
 
+def test_a_d_that_compresses_nothing_is_said() -> None:
+    said = "d={}: nothing is compressed, as no matrix has more than 2048 on its smaller dimension"
+    for d, is_said in ((2047, False), (2048, True), (5000, True)):
+        (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": d}}))
+        assert (said.format(d) in chosen.reasons) is is_said
+
+
 def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1e9)))
     exact = plan("lsp", machine=slow, shape=DEEPSEEK_1B)
