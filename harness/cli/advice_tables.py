@@ -17,6 +17,7 @@ from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod, Outlook
 from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
+from profiles.advice.what_if import goes_to_twice_as_many
 from profiles.language import translated, word
 from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
@@ -50,6 +51,15 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [_said("How the numbers come about", bold=True), _notes_grid(lines)]
     if answer.what_if:
         parts += [_said("What if, one change at a time", bold=True), _what_if_table(answer)]
+        ranks = answer.job.limits.gpus * answer.job.limits.nodes
+        if answer.machine.gpu is not None and not goes_to_twice_as_many(answer.job.workload, ranks):
+            parts.append(
+                _said(
+                    "A second GPU or machine takes micro-batches of a step, or halves of them, and "
+                    f"--batch-size {answer.job.batch_size} with --accumulation {answer.job.accumulation} "
+                    "leaves none for it."
+                )
+            )
     if answer.largest:
         parts += [_said("The largest model that each method fits here", bold=True), _largest_table(answer)]
     if answer.answers:

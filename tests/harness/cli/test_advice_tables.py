@@ -119,6 +119,9 @@ def test_upgrades_and_machines_for_a_target_are_tables() -> None:
     assert "The largest model that each method fits here" in said
     assert "rtx-3090" in said
     assert "yes" in said
+    none_left = "--batch-size 3 with --accumulation 1 leaves none for it"
+    assert "leaves none for it" not in said
+    assert none_left in in_a_line(recommendation_text(replace(answer, job=replace(job, batch_size=3))))
 
 
 def test_a_job_of_shorter_sequences_says_of_which_its_time_is() -> None:

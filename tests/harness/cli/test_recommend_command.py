@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_a_target_is_answered_backwards() -> None:
     on_a_card = ("--model", "opt-1.3b", "--profile", "rtx-4090", "--engines", "native")
     told = said(*on_a_card, "--target", "model=70b")
     assert "Machines of the catalogue for 70b, the least first" in told
+    zeroth = said(*on_a_card[:4], "--engines", "zo2", "--target", "model=70b")
+    assert re.search(r"the least machine that does it is [\w-]+, by zo2, with a part of it on disk\.", zeroth)
     hours = said(*on_a_card, "--target", "hours=8", "--examples", "100000")
     assert "the least machine that does it is" in hours
 
