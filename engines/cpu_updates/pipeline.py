@@ -102,7 +102,7 @@ class UpdatePipeline:
         self._slots = [torch.empty(slot_elements, dtype=dtype, device=device) for _ in range(slots)]
         self._slot_free = [Event() for _ in self._slots]
         compiled()  # here, and not in the first step
-        self._adam_threads = AdamThreads()
+        self.adam_threads = AdamThreads()
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(min(self._switch_interval_s, SWITCH_INTERVAL_S))
         self._turn = itertools.count()
@@ -187,7 +187,7 @@ class UpdatePipeline:
 
     def step_ended(self) -> float:
         """To be called once at the end of each step; seconds spent in Adam since the last call."""
-        self._adam_threads.step_ended()
+        self.adam_threads.step_ended()
         with self._changed:
             taken, self._busy_s = self._busy_s, 0.0
         return taken
@@ -206,8 +206,8 @@ class UpdatePipeline:
             count = 0
             while (job := self._take()) is not None:
                 try:
-                    if count != self._adam_threads.count:
-                        count = self._adam_threads.count
+                    if count != self.adam_threads.count:
+                        count = self.adam_threads.count
                         torch.set_num_threads(count)  # of this thread alone
                     if self._error is None:
                         self._process(job)

@@ -94,7 +94,7 @@ def test_updates_run_on_the_threads_that_are_chosen(
 ) -> None:
     found: list[int] = []
     for count in (1, 3, 2):
-        monkeypatch.setattr(pipeline._adam_threads, "count", count)
+        monkeypatch.setattr(pipeline.adam_threads, "count", count)
         update = an_update(Chunk(0, lambda _: found.append(torch.get_num_threads())))
         pipeline.submit([update])
         pipeline.wait(update)
