@@ -433,7 +433,7 @@ class ExactOffload:
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
-            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            cpu_s=None if self._pipeline is None else self._pipeline.step_ended(),
             disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,

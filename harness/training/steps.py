@@ -73,7 +73,8 @@ class TrainingSummary:
 
     def one_line(self) -> str:
         """In one line for a person."""
-        parts = [f"{self.steps} step{'' if self.steps == 1 else 's'}" + (", ended early" if self.ended_early else "")]
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        parts = [steps + (", ended early" if self.ended_early else "")]
         if self.train_loss is not None:
             parts.append(f"loss {self.train_loss:.4g}")
         if self.step_s is not None and self.real_tokens_per_s is not None:
