@@ -34,7 +34,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
-from engines.costs.native import MARGIN, UNSHARED, block_passes, workspaces
+from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -274,7 +274,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=apart,
         gpu_returned_bytes=apart,
-        gpu_margin=MARGIN,
+        gpu_margin=MARGIN_OFFLOADED,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(None),
     )

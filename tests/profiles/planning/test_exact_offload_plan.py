@@ -127,7 +127,7 @@ def large_host(total_bytes: int) -> Machine:
 @pytest.mark.parametrize(
     ("shape", "tokens", "host_gb", "vram_gb", "expected"),
     [
-        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed", "outer": "host"}),
+        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
         (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
         (LLAMA_30B, 32768, 560, 141, {}),
         (LLAMA_30B, 32768, 340, 80, {"weights": "streamed", "moments": "bf16"}),
