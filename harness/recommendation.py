@@ -116,7 +116,8 @@ def catalogue() -> dict[str, Machine]:
 
 
 def limits_beyond(job: Job, machine: Machine) -> list[str]:
-    """What was asked for and the machine does not have: limits that limit nothing, GPUs that are assumed."""
+    """What was asked for and the machine does not have: limits that limit nothing, GPUs that are assumed. And
+    a limit in GB (1e9 bytes), which is less than what a card of so many GB holds."""
     found = []
     gpu, limits = machine.gpu, job.limits
     if gpu is None and limits.vram_bytes is not None:
@@ -128,6 +129,13 @@ def limits_beyond(job: Job, machine: Machine) -> list[str]:
         found.append(
             f"--vram {format_bytes(limits.vram_bytes)} is more than the {format_bytes(gpu.total_bytes)} of "
             f"{gpu.name}, so plans use what it has; --what-if or --profile for a larger card"
+        )
+    limit, decimal = limits.vram_bytes, 10**9
+    if gpu is not None and limit is not None and limit % decimal == 0 and limit < gpu.total_bytes:
+        size = limit // decimal
+        found.append(
+            f"--vram {size}GB is {format_bytes(limit)}; a card sold as {size} GB holds {size} GiB "
+            f"(--vram {size}GiB), less what its driver and a desktop take"
         )
     if gpu is not None and limits.gpus > gpu.num_gpus:
         found.append(

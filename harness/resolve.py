@@ -6,14 +6,15 @@ from dataclasses import replace
 
 from engines import engine_of
 from engines.errors import UserError
+from engines.files.reading import exists, expanded, is_folder
 from engines.settings.zeroth_order import check_base, check_blocks, check_examples
 from engines.shapes import Head, ModelShape
 from harness.data.examples import examples_of
 from harness.data.reading.squad import QUESTION_KEYS
 from harness.data.records import Examples
 from harness.models.closed_forms import CLOSED_FORMS, shape_of_config
-from harness.models.configs import DEFAULT_LABELS, ENCODERS, load_config
-from harness.records.job import Job
+from harness.models.configs import DEFAULT_LABELS, ENCODERS, NAMED_SHAPES, load_config
+from harness.records.job import Job, ModelSource
 
 ENDS_OF_AN_ANSWER = 2
 """Outputs of a question-answering head for each token: is the answer's first, is its last."""
@@ -59,6 +60,28 @@ def resolve_shape(job: Job) -> ModelShape:
         check_base(engine, given.typed, job.dtype)
         check_examples(engine, given.typed, job.workload)
     return replace(shape, label_names=examples.label_names) if head == "classification" else shape
+
+
+def longest_sequence(source: ModelSource) -> int | None:
+    """Tokens that a named shape or a model in a folder takes at most; `None`: it is neither, its family has
+    no closed form, or it is malformed, of which `resolve_shape` tells.
+
+    Raises `UserError` as `load_config` does.
+    """
+    if source.name not in NAMED_SHAPES:
+        path = expanded(source.name)
+        if not is_folder(path) or not exists(path / "config.json"):
+            return None
+    config = load_config(replace(source, random_weights=True))  # of its weights others ask
+    if config["model_type"] not in CLOSED_FORMS:
+        return None
+    try:
+        shape = shape_of_config(
+            config, name=source.name, head="classification", num_labels=DEFAULT_LABELS, untied=False
+        )
+    except (TypeError, ValueError, ArithmeticError, AttributeError):
+        return None
+    return shape.max_seq_len
 
 
 def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]:

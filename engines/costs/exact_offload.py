@@ -34,7 +34,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
-from engines.costs.native import MARGIN, UNSHARED, block_passes, workspaces
+from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -248,8 +248,10 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     saved -= max(0, away - between)
     made = element * shape.block_parameters  # before they are added to the slot
     in_backward = 0
-    if passes.recomputed:
+    if passes.recomputed or passes.keeps_products:
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
+    if passes.recomputed == 0 and passes.keeps_products:  # what lies between the products
+        in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
     moments = (
         {
             "gradients": held["gradients"] + non_block,
@@ -272,7 +274,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=apart,
         gpu_returned_bytes=apart,
-        gpu_margin=MARGIN,
+        gpu_margin=MARGIN_OFFLOADED,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(None),
     )

@@ -18,7 +18,7 @@ from engines.costs.native import (
     ADAM_PASSES,
     ADAM_SLOWDOWN,
     GRAPH_BYTES,
-    MARGIN,
+    MARGIN_OFFLOADED,
     block_passes,
     workspaces,
 )
@@ -314,7 +314,7 @@ def _gpu_memory(
         gpu_memory_bytes=transformer.peak_moment(kinds),
         gpu_apart_bytes=apart + _pool_bytes(shape, workload, settings),
         gpu_returned_bytes=apart,
-        gpu_margin=MARGIN,
+        gpu_margin=MARGIN_OFFLOADED,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(lsp_passes(shape, workload, settings)),
     )

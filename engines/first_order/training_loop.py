@@ -5,6 +5,7 @@ A method's file makes the two and says what is special about them; what it has n
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -179,6 +180,8 @@ class TrainingLoop:
                 self._captured = None
                 self.notes.append(f"no CUDA graph: {_first_line(error)}")
                 found = None
+            if self._captured is None:
+                self._give_back()
             if found is not None:
                 self._has_replayed = True
                 return found
@@ -198,6 +201,13 @@ class TrainingLoop:
         self._install(self.settings, compiled=False)
         self.optimizer.zero_grad(set_to_none=True)
         return [self._pass(batch) for batch in batches]
+
+    def _give_back(self) -> None:
+        """What a capture that failed had: compiled passes lie in circles of references, which only the
+        collector ends, and their memory in a pool that nothing else may use."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _pass(self, batch: Batch) -> Tensor:
         return self._passes(to_device(batch, self.device), has_padding(batch.inputs))

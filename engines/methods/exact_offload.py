@@ -47,8 +47,9 @@ has ended; `clip_by=previous` scales by the norm of the step before, which is a 
 nothing waits. The first step has none before it, and is not clipped.
 
 Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
-checkpointing asks for it (`engines.model.training_regions`). Nothing is captured as a CUDA graph: where a
-step is so short that launches count, the CPU's update takes longer than they do.
+checkpointing asks for it, whole or what lies between their products (`engines.model.training_regions`): they
+keep the activations of all micro-batches, where native has one's. Nothing is captured as a CUDA graph: where
+a step is so short that launches count, the CPU's update takes longer than they do.
 
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
 host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
@@ -275,10 +276,13 @@ class ExactOffload:
 
     def _install(self, *, compiled: bool) -> None:
         """Let the model's blocks and loss run compiled or not, and recomputed as far as the settings say."""
-        recomputed = self.settings.recomputed(
-            self._num_blocks, checkpointing=self.context.workload.checkpointing
+        settings, checkpointing = self.settings, self.context.workload.checkpointing
+        self._regions = TrainingRegions(
+            self.model,
+            compiled=compiled,
+            recomputed=settings.recomputed(self._num_blocks, checkpointing=checkpointing),
+            keeps="products" if settings.keeps_products(checkpointing=checkpointing) else "all",
         )
-        self._regions = TrainingRegions(self.model, compiled=compiled, recomputed=recomputed)
         self._is_compiled = compiled
 
     def _check_host(self, sizes: list[int], non_block: int) -> None:
@@ -429,7 +433,7 @@ class ExactOffload:
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
-            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            cpu_s=None if self._pipeline is None else self._pipeline.step_ended(),
             disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,

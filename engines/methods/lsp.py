@@ -336,7 +336,7 @@ class Lsp:
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
-            cpu_s=None if self._pipeline is None else self._pipeline.take_busy_s(),
+            cpu_s=None if self._pipeline is None else self._pipeline.step_ended(),
             **self._clocks.take_s(self.link),
         )
 

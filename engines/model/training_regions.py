@@ -10,6 +10,10 @@ A recomputed block keeps its input alone and runs again in the backward pass (ac
 sees that nobody needs the result of the second run, and leaves out its last product: 22 % of a forward pass
 of Llama's kind.
 
+Between the two, a block may keep what matrix products and attention give and nothing else (`keeps`): what
+lies between them is computed again, which takes no operations to speak of, only memory traffic. Of Llama's
+kind that is two thirds of what a compiler keeps. The bits are the same.
+
 A compiled region rounds fewer intermediate results to the weights' precision than eager kernels do, so its
 results are close to eager ones and not equal; eager regions, recomputed or kept, have the bits of the model's
 own forward and backward pass.
@@ -17,6 +21,7 @@ own forward and backward pass.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -27,14 +32,37 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from engines.errors import UserError
 from engines.model.blocks import find_blocks
 from engines.model.randomness import draws_random_numbers
 
 MOST_FORMS = 64
 """Forms of one block's code that are compiled before the compiler gives up: kinds of layers, padded or not,
 with and without gradients."""
+
+Keeps = Literal["all", "products"]
+"""What a block that is not run again keeps for its backward pass."""
+
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+"""torch's operations whose results are kept, those that this version of it has."""
+
+_aten: Any = torch.ops.aten
+_keeping_products = partial(
+    create_selective_checkpoint_contexts,
+    [getattr(_aten, name).default for name in _PRODUCTS if hasattr(_aten, name)],
+)
 
 
 class TrainingRegions:
@@ -48,13 +76,15 @@ class TrainingRegions:
         recomputed: int,
         falls_back: bool = False,
         compiles_loss: bool = True,
+        keeps: Keeps = "all",
     ) -> None:
         """The first `recomputed` blocks are run again in the backward pass. Nothing is compiled yet: that
         happens when a block first meets inputs of a form. `falls_back`: where it fails then, blocks run
         without from that one on; else the compiler's error is the step's. `compiles_loss`: where blocks are
-        compiled, the loss over the vocabulary is, too.
+        compiled, the loss over the vocabulary is, too. `keeps`: what the other blocks keep.
 
-        Raises `UserError` for a model without a row of blocks.
+        Raises `UserError` for a model without a row of blocks, and for one that draws random numbers and is
+        to keep products alone.
         """
         self._model: Any = model
         _, self._blocks = find_blocks(model)
@@ -62,22 +92,34 @@ class TrainingRegions:
         self.why_not_compiled: str | None = None
         """What the compiler said where it failed and blocks run without; `None`: it has not."""
         draws = draws_random_numbers(model)
+        if draws and keeps == "products":
+            # HAZARD: what is kept is not drawn again, and what follows would draw other numbers.
+            raise UserError(
+                "kept_activations=products",
+                "the model draws random numbers in training, which would not be the same again",
+                "set dropout=0, or kept_activations=all",
+            )
         for index, block in enumerate(self._blocks):
+            own: Callable[..., Any] = block.forward
+            if keeps == "products" and index >= recomputed:
+                own = partial(run_keeping_products, block.forward)
             if compiled:
-                run = compiled_block(block.forward, is_recomputed=index < recomputed, draws=draws)
+                run = compiled_block(own, is_recomputed=index < recomputed, draws=draws)
                 if falls_back:
-                    eager = partial(recomputed_run, block.forward, draws)
-                    run = partial(self._or_eager, run, eager if index < recomputed else block.forward)
+                    eager = partial(recomputed_run, own, draws)
+                    run = partial(self._or_eager, run, eager if index < recomputed else own)
             elif index < recomputed:
-                run = partial(recomputed_run, block.forward, draws)
+                run = partial(recomputed_run, own, draws)
+            elif keeps == "products":
+                run = own
             else:
                 continue
             vars(block)["forward"] = run
         if compiled and compiles_loss and getattr(model, "loss_type", None) == "ForCausalLM":
-            own: Any = self._model
-            self._loss = own.loss_function
-            loss = torch.compile(own.loss_function, dynamic=False)
-            own.loss_function = partial(self._or_eager, loss, self._loss) if falls_back else loss
+            its: Any = self._model
+            self._loss = its.loss_function
+            loss = torch.compile(its.loss_function, dynamic=False)
+            its.loss_function = partial(self._or_eager, loss, self._loss) if falls_back else loss
 
     def _or_eager(self, run: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.why_not_compiled is not None:
@@ -102,6 +144,7 @@ def compiled_block(forward: Callable[..., Any], *, is_recomputed: bool, draws: b
     config.recompile_limit = max(config.recompile_limit, MOST_FORMS)
     # fp32 is fp32 here: what is faster and less precise is the user's to choose, as bf16.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", module="torch._inductor")
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_advice_on_checkpoints)
     run = partial(recomputed_run, forward, draws) if is_recomputed else forward
     return torch.compile(run, dynamic=False)
 
@@ -114,6 +157,27 @@ def recomputed_run(run: Callable[..., Any], draws: bool, *args: Any, **kwargs: A
     if not torch.is_grad_enabled():
         return run(*args, **kwargs)
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+
+
+def run_keeping_products(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `run`, which draws no random numbers, gives for these arguments, keeping them and what its matrix
+    products and attention give; the rest is computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return run(*args, **kwargs)
+    return checkpoint(
+        run,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=_keeping_products,
+        **kwargs,
+    )
+
+
+def _is_no_advice_on_checkpoints(record: logging.LogRecord) -> bool:
+    """Drops torch's advice against operations in place, said whether there are any or not: without a compiler
+    one on a kept result is an error of torch's, and compiled they are none any more."""
+    return "context_fn is passed" not in record.getMessage()
 
 
 def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:

@@ -41,6 +41,10 @@ class ExactOffloadSettings(CompiledBlockSettings):
     hidden_states: Literal["gpu", "host"] = "gpu"
     """Where the hidden states between blocks wait for the backward pass: on the GPU, or in pinned memory of
     the host, from where they come up again."""
+    kept_activations: Literal["all", "products"] = "all"
+    """With --checkpointing: what blocks that are not run again keep for their backward pass: all it needs, or
+    what matrix products and attention give, and the rest is computed again, with the same bits. Not with
+    dropout. Plans choose it where it saves running blocks again."""
     disk_blocks: int = 0
     """Blocks whose masters' low halves and moments are on disk, not in host memory: the last ones, whose
     updates have most time. Plans choose as many as host memory has no room for."""
@@ -56,6 +60,12 @@ class ExactOffloadSettings(CompiledBlockSettings):
     def __post_init__(self) -> None:
         CompiledBlockSettings.__post_init__(self)
         require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
+        require(
+            self.kept_activations == "all" or self.dropout == 0,
+            "kept_activations",
+            "keeps what draws random numbers from being computed again",
+            "set dropout=0, or kept_activations=all",
+        )
         require(self.disk_blocks >= 0, "disk_blocks", "must not be negative")
         require(
             not self.disk_weights or (self.weights == "streamed" and self.disk_blocks > 0),
@@ -75,6 +85,11 @@ class ExactOffloadSettings(CompiledBlockSettings):
     def weights_on_disk(self, num_blocks: int) -> range:
         """Which of a model's blocks have their weights there, too."""
         return self.on_disk(num_blocks) if self.disk_weights else range(0)
+
+    def keeps_products(self, *, checkpointing: bool) -> bool:
+        """Blocks that are not run again keep what products and attention give, with or without
+        --checkpointing."""
+        return checkpointing and self.kept_activations == "products"
 
     @property
     def streams(self) -> bool:

@@ -17,6 +17,7 @@ from profiles.advice.job_time import JobForecast
 from profiles.advice.outlook import BestMethod, Outlook
 from profiles.advice.target import target_sentences
 from profiles.advice.ways_out import WayOut
+from profiles.advice.what_if import goes_to_twice_as_many
 from profiles.language import translated, word
 from profiles.planning.plan import Plan
 from profiles.units import format_bytes, format_seconds
@@ -30,12 +31,7 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
     """Both tables, notes, ways out, and the closing sentences."""
     parts: list[RenderableType] = [_said(_title(answer), bold=True)]
     if answer.amount is not None:
-        parts.append(
-            _said(
-                f"The job: {answer.amount.steps:,} steps, {answer.amount.tokens:,} tokens "
-                f"({answer.amount.basis})"
-            )
-        )
+        parts += [_said(line) for line in _amount_lines(answer.amount, answer.job.seq_len)]
     with_gradients = WITH_GRADIENTS_STEP if answer.amount is None else WITH_GRADIENTS
     for order, heading in (("first", with_gradients), ("zeroth", WITHOUT_GRADIENTS)):
         plans = [plan for plan in answer.plans if entry(plan.engine).order == order]
@@ -55,6 +51,15 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [_said("How the numbers come about", bold=True), _notes_grid(lines)]
     if answer.what_if:
         parts += [_said("What if, one change at a time", bold=True), _what_if_table(answer)]
+        ranks = answer.job.limits.gpus * answer.job.limits.nodes
+        if answer.machine.gpu is not None and not goes_to_twice_as_many(answer.job.workload, ranks):
+            parts.append(
+                _said(
+                    "A second GPU or machine takes micro-batches of a step, or halves of them, and "
+                    f"--batch-size {answer.job.batch_size} with --accumulation {answer.job.accumulation} "
+                    "leaves none for it."
+                )
+            )
     if answer.largest:
         parts += [_said("The largest model that each method fits here", bold=True), _largest_table(answer)]
     if answer.answers:
@@ -92,6 +97,17 @@ def _title(answer: Recommendation) -> str:
         f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "
         f"batch {job.batch_size} x {job.seq_len} tokens{batches}; machine: {answer.machine.name}{several}"
     )
+
+
+def _amount_lines(amount: Amount, seq_len: int) -> Iterator[str]:
+    steps = "1 step" if amount.steps == 1 else f"{amount.steps:,} steps"
+    yield f"The job: {steps}, {amount.tokens:,} tokens ({amount.basis})"
+    mean = amount.padded_tokens_each
+    if mean < (1 - MATTERS) * seq_len:
+        yield (
+            f"Its sequences have {mean:.0f} tokens on average, padding included, and its time is that of "
+            f"such steps; a step below is one of {seq_len} tokens."
+        )
 
 
 def plans_of_kind(answer: Recommendation, plans: Sequence[Plan]) -> Table:
@@ -273,16 +289,13 @@ def _beside_the_steps(plan: Plan, amount: Amount | None) -> Iterator[str]:
     if not plan.fits or amount is None or not predicted.step_s:
         return
     rare_s = predicted.rare_job_s(amount.steps)
-    amortised_s = predicted.amortised_step_s(amount.steps)
     if rare_s >= MATTERS * predicted.step_s * amount.steps:
         yield (
             f"one step in {predicted.rare_every} takes about {format_seconds(predicted.rare_s)} more, "
             f"{format_seconds(rare_s)} over this job"
         )
-    if predicted.compile_s is None or amortised_s is None:
-        return
-    if predicted.compile_s >= MATTERS * predicted.step_s * amount.steps:
+    if predicted.compile_s is not None and predicted.compile_s >= MATTERS * predicted.step_s * amount.steps:
         yield (
-            f"compiling takes about {format_seconds(predicted.compile_s)} once: over this job's "
-            f"{amount.steps:,} steps a step comes to {format_seconds(amortised_s)}"
+            f"compiling takes about {format_seconds(predicted.compile_s)} once, "
+            f"{format_seconds(predicted.compile_s / amount.steps)} for each step of this job"
         )

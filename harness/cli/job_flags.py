@@ -8,7 +8,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, get_args
@@ -53,6 +53,7 @@ from harness.cli.options import (
 from harness.data.reading.columns import parse_columns
 from harness.records.job import DataSource, Job, Limits, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
+from harness.resolve import longest_sequence
 from profiles.language import translated, word
 from profiles.units import parse_bytes
 
@@ -133,9 +134,10 @@ class JobFlags:
                 "--model", "no model was named", "see 'lspzo-bench models', or name a folder or hub id"
             )
         try:
-            return make_job(values, "job")
+            job = make_job(values, "job")
         except UserError as error:
             raise self._of_a_flag(error) from None
+        return job if "seq_len" in values else _no_longer_than_the_model(job)
 
     def _of_a_flag(self, error: UserError) -> UserError:
         """`error` of the flag that its field was given by, if it was."""
@@ -148,6 +150,16 @@ class JobFlags:
             return UserError(error.what, error.why, remedy if "--help" in error.remedy else error.remedy)
         flag = _OTHER_FLAGS.get(field, field).replace("_", "-")
         return UserError(f"--{flag} {flat[field]}", why, remedy)
+
+
+def _no_longer_than_the_model(job: Job) -> Job:
+    """With sequences as long as the model takes, where that is less than a job's default."""
+    longest = longest_sequence(job.model)
+    if longest is None or longest >= job.seq_len:
+        return job
+    note = translated(f"sequences of {longest} tokens (--seq-len): {job.model.name} takes no longer ones")
+    typer.echo(f"{word('note')}: {note}", err=True)
+    return replace(job, seq_len=longest)
 
 
 _OTHER_FLAGS = {"timeout_s": "timeout", "vram_bytes": "vram", "host_bytes": "host-memory"}

@@ -156,7 +156,10 @@ Checkpointing = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, data order and perturbations.")]
 Vram = Annotated[
     str | None,
-    typer.Option("--vram", help="Cap on GPU memory: 24GB is 24e9 bytes; a '24 GB' card can give 23.5GiB."),
+    typer.Option(
+        "--vram",
+        help="Cap on GPU memory. 24GB is 24e9 bytes; a card sold as 24 GB has 24GiB and gives about 23.5GiB.",
+    ),
 ]
 HostMemoryFlag = Annotated[str | None, typer.Option("--host-memory", help="Cap on a run's host memory.")]
 Timeout = Annotated[

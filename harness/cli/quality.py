@@ -17,13 +17,21 @@ from harness.quality.study import planned_trials, predicted_s, run_study
 from harness.quality.trials import PreparedStudy
 from profiles.advice.words import duration
 from profiles.documents import to_json
+from profiles.language import translated, word
 from profiles.units import NOT_MEASURED, format_seconds
+
+ACCURACY_WITHOUT_WORDS = (
+    "without --template and --labels a class is told by 'bad' or 'good', or by its number, out of the whole "
+    "vocabulary, so that accuracy may lie far below that of guessing a class"
+)
 
 
 def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: bool) -> StudyResult | None:
     """Run the study with its progress on stderr and print what it came to; with `dry_run` only what would be
     run."""
     plan = ready.plan
+    if plan.target.metric == "accuracy" and ready.shape.head == "causal_lm" and not plan.job.data.template:
+        typer.echo(f"{word('note')}: {translated(ACCURACY_WITHOUT_WORDS)}", err=True)
     if dry_run:
         if as_json:
             typer.echo(to_json(plan), nl=False)

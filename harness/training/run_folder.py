@@ -76,12 +76,13 @@ def read_run(out: Path) -> TrainingRun:
         refuse_damaged(contents, out / restore.UPDATE_LOG)
         step = max(step, contents.end_step)
     elif restore.newest_checkpoint(out) is None:
-        done = holds_something(out / MODEL)
-        raise UserError(
-            str(out),
-            "holds no checkpoint",
-            f"its finished model is {out / MODEL}" if done else "train with --save-every",
-        )
+        why, remedy = "holds no checkpoint", "train with --save-every"
+        if holds_something(out / MODEL):
+            remedy = f"its finished model is {out / MODEL}"
+        elif holds_something(out / restore.CHECKPOINTS):
+            why = "holds no whole checkpoint: the first is being written, or the run was ended while it was"
+            remedy = "wait for it, or begin anew with --resume"
+        raise UserError(str(out), why, remedy)
     return TrainingRun(out=out, job=job, method=method, settings=typed, has_log=has_log, step=step)
 
 

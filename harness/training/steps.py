@@ -73,11 +73,12 @@ class TrainingSummary:
 
     def one_line(self) -> str:
         """In one line for a person."""
-        parts = [f"{self.steps} steps" + (", ended early" if self.ended_early else "")]
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        parts = [steps + (", ended early" if self.ended_early else "")]
         if self.train_loss is not None:
             parts.append(f"loss {self.train_loss:.4g}")
         if self.step_s is not None and self.real_tokens_per_s is not None:
-            parts.append(f"{self.step_s * 1e3:,.3g} ms a step, {self.real_tokens_per_s:,.0f} tokens/s")
+            parts.append(f"{format_seconds(self.step_s)} a step, {self.real_tokens_per_s:,.0f} tokens/s")
         if self.metrics:
             parts.append(f"held-out {metrics.metrics_text(self.metrics)}")
         if self.best is not None:
@@ -209,7 +210,7 @@ def _note(course: Course, loss: float) -> str:
     step_s = statistics.median(course.times_s)
     rate = sum(course.tokens) / max(sum(course.times_s), 1e-9)
     left_s = step_s * (course.job.steps - course.done)
-    return f"loss {loss:.4g}, {step_s * 1e3:,.3g} ms/step, {rate:,.0f} tokens/s, {_duration(left_s)} left"
+    return f"loss {loss:.4g}, {format_seconds(step_s)} a step, {rate:,.0f} tokens/s, {_duration(left_s)} left"
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields
 from engines.errors import UserError
 from engines.shapes import Workload
 
+ONE_STEP = "one step"
+"""Basis of an amount that nobody said."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -62,6 +65,16 @@ class Amount:
     basis: str
     """What the amount follows from."""
 
+    @property
+    def is_whole_job(self) -> bool:
+        """False: it is one step of a job that has nobody knows how many."""
+        return self.basis != ONE_STEP
+
+    @property
+    def padded_tokens_each(self) -> float:
+        """Of a sequence in the mean over the steps, padding included."""
+        return sum(share * length for length, share in self.shares) / sum(share for _, share in self.shares)
+
 
 def amount_of(workload: Workload, asked: Asked, data: DataLengths | None) -> Amount | None:
     """`None` where neither the user nor the data says how much. Raises `UserError` for epochs of nothing."""
@@ -96,5 +109,11 @@ def amount_of(workload: Workload, asked: Asked, data: DataLengths | None) -> Amo
         sequences=whole,
         tokens=round(whole * tokens_each),
         shares=shares,
-        basis=f"{said}{'' if asked.epochs is None else f', {epochs:g} epochs'}; {lengths}",
+        basis=f"{said}{_epochs(asked.epochs)}; {lengths}",
     )
+
+
+def _epochs(asked: float | None) -> str:
+    if asked is None:
+        return ""
+    return ", 1 epoch" if asked == 1 else f", {asked:g} epochs"

@@ -74,12 +74,12 @@ def job_forecast(
         basis["seconds"] = plan.prediction.basis
         return JobForecast(engine=plan.engine, steps=amount.steps, tokens=amount.tokens, basis=basis)
     basis["seconds"] = f"{amount.steps:,} steps; {plan.prediction.basis}"
-    if plan.prediction.compile_s is not None and amount.steps > 1:  # else it is not known how many share it
+    if plan.prediction.compile_s is not None and amount.is_whole_job:  # else nobody knows how many share it
         low, expected, high = seconds
         seconds = low + COMPILE_LOW_S, expected + plan.prediction.compile_s, high + COMPILE_HIGH_S
         basis["seconds"] += f" Compiling, once: {COMPILE_LOW_S:g} to {COMPILE_HIGH_S:g} s."
     rare_s = plan.prediction.rare_job_s(amount.steps)
-    if rare_s > 0 and amount.steps > 1:
+    if rare_s > 0 and amount.is_whole_job:
         low, expected, high = seconds
         seconds = low + rare_s / RARE_ERROR, expected + rare_s, high + rare_s * RARE_ERROR
         basis["seconds"] += (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from engines import entry
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
 from engines.shapes import ModelShape, Workload
-from profiles.advice.amount import Amount
+from profiles.advice.amount import ONE_STEP, Amount
 from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
 from profiles.machine import Machine
 from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
@@ -17,8 +20,6 @@ from profiles.planning.plan import Plan
 from profiles.planning.precisions import why_no_dtype
 from profiles.planning.ranks import context_of_a_rank
 from profiles.planning.recommend import plan_engine
-
-ONE_STEP = "one step"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,8 @@ class BestMethod:
     engine: str
     seconds: Band | None
     """Of the job; `None`: it fits, and no time is predicted."""
+    on_disk: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
+    """A part of the model or of its states is read from disk in every step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,13 +108,17 @@ def outlook(name: str, machine: Machine, job: JobToPlan) -> Outlook:
             forecasts[engine] = job_forecast(plan, context, job.amount_or_step, Rates())
     return Outlook(
         name=name,
-        first=_best("first", forecasts),
-        zeroth=_best("zeroth", forecasts),
+        first=_best("first", plans, forecasts),
+        zeroth=_best("zeroth", plans, forecasts),
         fits=tuple(plan.engine for plan in plans),
         has_dtype=why_no_dtype(machine, job.workload.dtype) is None,
     )
 
 
-def _best(order: str, forecasts: Mapping[str, JobForecast]) -> BestMethod | None:
+def _best(order: str, plans: Sequence[Plan], forecasts: Mapping[str, JobForecast]) -> BestMethod | None:
     found = ranked([each for engine, each in forecasts.items() if entry(engine).order == order])
-    return BestMethod(engine=found[0].engine, seconds=found[0].band) if found else None
+    if not found:
+        return None
+    best = found[0]
+    (plan,) = (each for each in plans if each.engine == best.engine)
+    return BestMethod(engine=best.engine, seconds=best.band, on_disk=plan.prediction.disk_read_bytes > 0)

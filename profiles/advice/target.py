@@ -97,7 +97,8 @@ def target_sentences(found: Sequence[TargetAnswer], kinds: Collection[str]) -> t
             said.append(words.no_machine(name))
             continue
         if sure is not None:
-            said.append(words.least_machine(name, sure.outlook.name, getattr(sure.outlook, kind).engine))
+            best = getattr(sure.outlook, kind)
+            said.append(words.least_machine(name, sure.outlook.name, best.engine, on_disk=best.on_disk))
         if perhaps is not None and (sure is None or found.index(perhaps) < found.index(sure)):
             method = getattr(perhaps.outlook, kind).engine
             said.append(words.perhaps_machine(name, perhaps.outlook.name, method))

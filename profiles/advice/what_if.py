@@ -189,9 +189,15 @@ def _row(now: Outlook, upgrade: Upgrade, job: JobToPlan, *, may_lie_idle: bool =
     )
 
 
+def goes_to_twice_as_many(workload: Workload, ranks: int) -> bool:
+    """Whether a step that `ranks` processes share out has work for twice as many, its micro-batches halved
+    where there are too few."""
+    return workload.accumulation % (2 * ranks) == 0 or workload.batch_size % 2 == 0
+
+
 def _in_twice_as_many(workload: Workload, ranks: int) -> Workload:
     """The same sequences a step, in micro-batches that twice as many processes can share, where they can."""
-    if workload.accumulation % (2 * ranks) == 0 or workload.batch_size % 2:
+    if workload.accumulation % (2 * ranks) == 0 or not goes_to_twice_as_many(workload, ranks):
         return workload
     return replace(workload, batch_size=workload.batch_size // 2, accumulation=2 * workload.accumulation)
 

@@ -84,8 +84,9 @@ def names(engines: Sequence[str]) -> str:
     return f"{', '.join(engines[:-1])} and {engines[-1]}"
 
 
-def least_machine(kind: str, machine: str, engine: str) -> str:
-    return f"{kind} the least machine that does it is {machine}, by {engine}."
+def least_machine(kind: str, machine: str, engine: str, *, on_disk: bool) -> str:
+    disk = ", with a part of it on disk" if on_disk else ""
+    return f"{kind} the least machine that does it is {machine}, by {engine}{disk}."
 
 
 def perhaps_machine(kind: str, machine: str, engine: str) -> str:

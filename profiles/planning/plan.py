@@ -48,7 +48,7 @@ class Prediction:
     """Forward passes that each micro-batch takes."""
     compile_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """What compiling takes once, in the first steps, beside them; `None`: nothing is compiled, or a plan of
-    before. A job of few steps pays much of it in each (`amortised_step_s`)."""
+    before. A job of few steps pays much of it in each."""
     rare_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """What one step in `rare_every` takes beside, the first step among them; `None`: all steps are alike, or
     nobody can tell, or a plan of before."""
@@ -66,13 +66,6 @@ class Prediction:
     else; matrix products and attention of the forward and backward passes at the rate of one large product;
     Adam on the CPU. Nothing waits, and noise, optimizers on the GPU, elementwise work, launches and downloads
     take no time."""
-
-    def amortised_step_s(self, steps: int) -> float | None:
-        """A step with its share of the compiling and of what is done now and then, over a job of so many;
-        `None`: no time is predicted."""
-        if self.step_s is None:
-            return None
-        return self.step_s + ((self.compile_s or 0.0) + self.rare_job_s(steps)) / steps
 
     def rare_job_s(self, steps: int) -> float:
         """What is done now and then takes so much in a job of `steps`."""

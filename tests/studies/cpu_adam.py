@@ -43,14 +43,10 @@ def small_pages() -> Iterator[None]:
 
 
 @contextmanager
-def often_switching() -> Iterator[None]:
-    """Threads ask for the interpreter's lock after 0.1 ms in place of 5."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
+def seldom_switching() -> Iterator[None]:
+    """Threads ask for the interpreter's lock after 5 ms, as Python has it, in place of 0.1."""
+    with mock.patch.object(pipeline, "SWITCH_INTERVAL_S", sys.getswitchinterval()):
         yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 @contextmanager
@@ -62,9 +58,19 @@ def urgent_applying() -> Iterator[None]:
 
 @contextmanager
 def share_of_threads(share: float) -> Iterator[None]:
-    """Adam has that share of the threads."""
+    """Adam has that share of the threads, and keeps it."""
     count = torch.get_num_threads()
-    with mock.patch.object(cpu_threads, "SPARE_THREADS", count - max(1, round(share * count))):
+    with (
+        mock.patch.object(cpu_threads, "SPARE_THREADS", count - max(1, round(share * count))),
+        mock.patch.object(cpu_threads, "SEEN_STEPS", sys.maxsize),
+    ):
+        yield
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """All but those that it always leaves."""
+    with mock.patch.object(cpu_threads, "SEEN_STEPS", sys.maxsize):
         yield
 
 
@@ -99,12 +105,16 @@ def half() -> Any:
 VARIANTS: dict[str, Variant] = {
     "fp32": ({}, []),
     "bf16": (BF16, []),
+    "fp32, all threads": ({}, [all_threads]),
+    "bf16, all threads": (BF16, [all_threads]),
+    "fp32, all threads, seldom switching": ({}, [all_threads, seldom_switching]),
+    "bf16, all threads, seldom switching": (BF16, [all_threads, seldom_switching]),
     "fp32, half the threads": ({}, [half]),
     "bf16, half the threads": (BF16, [half]),
+    "bf16, half, seldom switching": (BF16, [half, seldom_switching]),
     "bf16, a quarter of the threads": (BF16, [lambda: share_of_threads(0.25)]),
     "bf16, half, parts of 8 K": (BF16, [half, lambda: parts_of(8192)]),
-    "bf16, half, switching": (BF16, [half, often_switching]),
-    "bf16, half, switching, urgent": (BF16, [half, often_switching, urgent_applying]),
+    "bf16, half, urgent": (BF16, [half, urgent_applying]),
     "bf16, half, chunks of 4 M": (BF16, [half, lambda: chunks_of(4 << 20)]),
     "fp32, pages of 4 KiB": ({}, [small_pages]),
 }

@@ -4,7 +4,8 @@
 
 Steps to a value are those of the first evaluation that meets it and whose next one does too. Nine tenths of
 native's gain: from the value before training to the median, over native's seeds, of the best on development
-data. Beside native: `harness.quality.judge.over_seeds` of the values on test data.
+data. Beside native: `harness.quality.judge.over_seeds` of the values on test data. Seconds to a value: steps
+from the study, in which processes shared a GPU, and the time of a step from runs of the same job alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from harness.quality.documents import QualityTarget, TrialRecord  # noqa: E402
 from harness.quality.judge import over_seeds  # noqa: E402
+from harness.records.run import Run, load_run  # noqa: E402
+from harness.records.stats import counted_step_s  # noqa: E402
 from reports.studies.read import LoadedStudy, load_study  # noqa: E402
 
 RESULTS = ROOT / "reports" / "results"
@@ -50,6 +53,14 @@ TASKS = {
     ),
 }
 """Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
+
+SECONDS = {
+    "H200": "smollm2-135m-sst2-seconds_h200_20261129",
+    "4 GB, emulated": "smollm2-135m-sst2-seconds-4gb_h200_20261129",
+    "24 GB, emulated": "smollm2-135m-sst2-seconds-24gb_h200_20261129",
+}
+"""Runs of SST-2's job with nothing beside them, by machine. Those that are not there were not run."""
+TIMED = ("native", "lora", "exact-offload", "lsp, d = n/2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +171,79 @@ def first_rung(task: str) -> Iterator[str]:
         yield f"| {each.label} | " + " | ".join(cells) + " |"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """To nine tenths of native's gain: of each seed's steps, by each process's time of a step."""
+
+    steps: tuple[int, ...]
+    train_s: tuple[float, ...]
+    setup_s: float
+    step_s: float
+    predicted_s: float | None
+    """Of a step."""
+    processes: int
+
+
+def seconds_to(steps: int, run: Run) -> float:
+    """Of the steps alone: those that were taken as they were, later ones by the median."""
+    first = sorted((sample for sample in run.samples), key=lambda sample: sample.step)[:steps]
+    usual_s = statistics.median(counted_step_s(run.samples))
+    return sum(sample.step_s for sample in first) + max(0, steps - len(first)) * usual_s
+
+
+def seconds(method: MethodSeeds, value: float, folder: Path) -> Seconds | None:
+    """`None`: the folder has no run of it that ended well, or some seed did not reach the value."""
+    steps = method.steps_to(value)
+    reached = tuple(each for each in steps if each is not None)
+    engine = method.label.partition(",")[0]
+    runs = [load_run(path) for path in sorted(folder.glob(f"runs/{engine}-*.json"))]
+    runs = [run for run in runs if run.end_state == "ok"]
+    if not runs or len(reached) < len(steps):
+        return None
+    setups = [run.summary.setup_s for run in runs if run.summary.setup_s is not None]
+    predicted = runs[0].predicted
+    return Seconds(
+        steps=reached,
+        train_s=tuple(seconds_to(each, run) for each in reached for run in runs),
+        setup_s=statistics.median(setups),
+        step_s=statistics.median(statistics.median(counted_step_s(run.samples)) for run in runs),
+        predicted_s=None if predicted is None else predicted.step_s,
+        processes=len(runs),
+    )
+
+
+def seconds_table() -> Iterator[str]:
+    """Lines of Markdown."""
+    by_label = {each.label: each for each in methods_of("SST-2, bf16")}
+    value = nine_tenths(by_label["native"])
+    machines = {machine: RESULTS / name for machine, name in SECONDS.items() if (RESULTS / name).exists()}
+    heads = [
+        f"[{machine}](../../../reports/results/{path.name}/report.md)" for machine, path in machines.items()
+    ]
+    yield f"| method | steps | {' | '.join(heads)} |"
+    yield "| --- | --- |" + " --- |" * len(heads)
+    for label in TIMED:
+        method = by_label[label]
+        cells = [label, _steps(method.steps_to(value))]
+        cells += [_seconds(seconds(method, value, path)) for path in machines.values()]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _seconds(found: Seconds | None) -> str:
+    if found is None:
+        return "not measured"
+    middle, low, high = (
+        f"{each:.2g}" if each < 10 else f"{each:.0f}"
+        for each in (statistics.median(found.train_s), min(found.train_s), max(found.train_s))
+    )
+    predicted = "" if found.predicted_s is None else f", {1000 * found.predicted_s:.0f} predicted"
+    processes = "one process" if found.processes == 1 else f"{found.processes} processes"
+    return (
+        f"{middle} s ({low} to {high}), set-up {found.setup_s:.1f} s; "
+        f"{1000 * found.step_s:.0f} ms a step{predicted} ({processes})"
+    )
+
+
 def _rate(value: float) -> str:
     return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
@@ -177,6 +261,7 @@ def _steps(steps: Sequence[int | None]) -> str:
 def main() -> None:
     for task in TASKS:
         print(f"## {task}\n", *table(task), "", *first_rung(task), "", sep="\n")
+    print("## Seconds\n", *seconds_table(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ RAN_OUT = 20
 """Of memory."""
 NOW = {
     "step": (41, 0.0744, 0.3779),
-    "reserved GPU memory": (78, 0.0475, 0.0918),
+    "reserved GPU memory": (78, 0.0477, 0.0956),
     "host memory": (33, 0.0150, 0.0278),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
-UNFIT_BUT_RAN = 7
+UNFIT_BUT_RAN = 6
 """Runs that would be refused today with as much memory as they had, or with a twentieth more."""
 
 

@@ -342,6 +342,23 @@ def test_exact_offload_keeps_activations_for_fewer_operations() -> None:
     assert again.gpu_flops == cost("native", TINY, TRAINING).gpu_flops
 
 
+@pytest.mark.parametrize("shape", [DEEPSEEK_7B, OPT_13B])
+def test_products_take_less_than_all_activations_and_memory_traffic_alone(shape: ModelShape) -> None:
+    all_kept, products, again = (
+        cost("exact-offload", shape, TRAINING, checkpointed_blocks=count, kept_activations=kept)
+        for count, kept in ((0, "all"), (0, "products"), ("all", "all"))
+    )
+    bytes_of = [each.gpu_memory_bytes["activations"] for each in (all_kept, products, again)]
+    assert bytes_of[0] > bytes_of[1] > bytes_of[2]
+    assert products.gpu_flops == all_kept.gpu_flops < again.gpu_flops
+    elementwise = transformer.elementwise_bytes(shape, TRAINING, compiled=True)
+    assert products.gpu_bytes - all_kept.gpu_bytes == pytest.approx(shape.num_blocks * elementwise)
+    unused = replace(TRAINING, checkpointing=False)
+    assert cost("exact-offload", shape, unused, kept_activations="products") == cost(
+        "exact-offload", shape, unused
+    )
+
+
 def test_mezo_holds_the_weights_once() -> None:
     kinds = cost("mezo", OPT_13B, FORWARD_ONLY).gpu_memory_bytes
     assert kinds["weights"] == 2 * OPT_13B.parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,28 @@ def test_what_was_updated_is_where_it_belongs_once_it_was_waited_for(pipeline: U
     assert updates[0].destination.memory.tolist() == [-0.5] * 4
     assert [each.tolist() for each in applied] == [[-0.5] * 4]
     assert [update.state.updates for update in updates] == [1, 1, 1]
+
+
+def test_updates_run_on_the_threads_that_are_chosen(
+    pipeline: UpdatePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    for count in (1, 3, 2):
+        monkeypatch.setattr(pipeline.adam_threads, "count", count)
+        update = an_update(Chunk(0, lambda _: found.append(torch.get_num_threads())))
+        pipeline.submit([update])
+        pipeline.wait(update)
+    assert found == [1, 3, 2]
+
+
+def test_threads_get_the_interpreters_lock_soon_while_it_lives() -> None:
+    before = sys.getswitchinterval()
+    workload = Workload(batch_size=1, seq_len=8, dtype="fp32")
+    clocks = Clocks(Context(device="cpu", workload=workload, seed=7, total_steps=10), CPU)
+    made = UpdatePipeline(Link(CPU), clocks, slots=1, slot_elements=4, name="pipeline-test")
+    assert sys.getswitchinterval() < before
+    made.close()
+    assert sys.getswitchinterval() == before
 
 
 def test_of_what_has_arrived_the_earliest_deadline_is_next(pipeline: UpdatePipeline) -> None:

@@ -31,6 +31,7 @@ from engines.methods.native import Native
 from engines.offload.direct_io import RawFile
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
+from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, Workload
 from engines.transfer.link import Link
 from tiny_models import tiny_batches, tiny_blueprint
@@ -306,6 +307,25 @@ class TestTwin:
                 outcomes.append(train(engine, batches, 2))
         assert_same(outcomes[1], outcomes[0])
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_keeping_products_changes_no_bit(self, family: str) -> None:
+        batches = tiny_batches(8, family)
+        outcomes = []
+        for changes in (
+            {"checkpointed_blocks": 0},
+            {"checkpointed_blocks": 1, "kept_activations": "products"},
+            {"kept_activations": "products", "weights": "streamed", "hidden_states": "host"},
+        ):
+            changes = {"checkpointed_blocks": 0, **changes}
+            with running(family, context("bf16", accumulation=2), **changes) as engine:
+                outcomes.append(train(engine, batches, 2))
+        assert_same(outcomes[1], outcomes[0])
+        assert_same(outcomes[2], outcomes[0])
+
+    def test_what_draws_random_numbers_keeps_everything(self) -> None:
+        with pytest.raises(UserError, match="dropout=0"):
+            parse_settings("exact-offload", {"kept_activations": "products", "dropout": 0.1})
+
     def test_dropout_draws_the_same_when_a_block_is_run_again(self) -> None:
         batches, outcomes = tiny_batches(4, "roberta"), []
         for dropout, checkpointing in ((0.2, False), (0.2, True), (0.0, True)):
@@ -321,12 +341,18 @@ class TestTwin:
     def test_compiled_equals_its_compiled_twin(self) -> None:
         batches, ctx = tiny_batches(8, "llama"), context("bf16", 2)
         outcomes = []
-        for changes in ({"offload": False}, {}, {"checkpointed_blocks": 1}):
+        for changes in (
+            {"offload": False},
+            {},
+            {"checkpointed_blocks": 1},
+            {"checkpointed_blocks": 1, "kept_activations": "products"},
+        ):
             with running("llama", ctx, compile=True, **changes) as engine:
                 outcomes.append(train(engine, batches, 2))
                 assert engine.notes == []
         assert_same(outcomes[1], outcomes[0])
         assert_same(outcomes[2], outcomes[0])
+        assert_same(outcomes[3], outcomes[0])
 
     def test_what_cannot_be_compiled_runs_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(run: Any, **_: Any) -> Any:
@@ -417,6 +443,7 @@ class TestTwin:
             {},
             {"weights": "streamed", "hidden_states": "host"},
             {"checkpointed_blocks": 1},
+            {"checkpointed_blocks": 1, "kept_activations": "products"},
             {"disk_blocks": 5, **WEIGHTS_ON_DISK},
         ],
     )

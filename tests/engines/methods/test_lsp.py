@@ -659,7 +659,7 @@ class TestOneStep:
             engine.step(tiny_batches(1, "opt"))
             engine.synchronize()
             assert engine._pipeline is not None
-            assert engine._pipeline.take_busy_s() >= 0.0
+            assert engine._pipeline.step_ended() >= 0.0
         assert threads == {"lsp-core-adam"}
 
 

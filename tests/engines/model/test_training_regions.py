@@ -1,12 +1,22 @@
-"""What is said where nothing can be compiled."""
+"""What is said where nothing can be compiled, and what blocks keep for their backward pass."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+
 import pytest
 import torch
+from known_shapes import llama
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from engines.costs.transformer import block_activation_bytes, product_activation_bytes
+from engines.errors import UserError
 from engines.model import training_regions
-from engines.model.training_regions import compiles, why_not_compiled
+from engines.model.blocks import find_blocks
+from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.shapes import Workload
 
 GPU = torch.device("cuda")
 
@@ -26,3 +36,74 @@ def test_a_gpu_needs_triton_and_a_compiler(missing: str, told: str, monkeypatch:
     monkeypatch.setattr(training_regions, missing, lambda name: None)
     assert told in str(why_not_compiled(GPU))
     assert not compiles("auto", GPU)
+
+
+WIDTH, WIDE, BATCH, LENGTH = 128, 352, 2, 64
+
+
+def small_llama(**changes: float) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=WIDE,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        **changes,
+    )
+    return LlamaForCausalLM(config).bfloat16().train()
+
+
+def kept_bytes(model: LlamaForCausalLM, hidden: Tensor, gradients: list[Tensor]) -> int:
+    """What the block keeps for its backward pass beside weights; `gradients` get those of the hidden state
+    and of the weights."""
+    _, (block,) = find_blocks(model)
+    places = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
+    apart = {each.data_ptr() for each in (*block.parameters(), *places)}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in apart:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    entering = hidden.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
+        result = block(entering, position_embeddings=places)
+    (result[0] if isinstance(result, tuple) else result).float().square().sum().backward()
+    gradients += [entering.grad, *(each.grad for each in block.parameters())]
+    model.zero_grad()
+    return sum(found.values())
+
+
+# Both from within torch's compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_block_keeps_what_is_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the compiler's own choice, and of products alone: two thirds of it, with the same gradients."""
+    # What is kept is chosen before kernels are made, which takes most of the time.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    shape = llama("small", WIDTH, WIDE, 1, 2, vocabulary=64)
+    workload = Workload(batch_size=BATCH, seq_len=LENGTH, dtype="bf16")
+    hidden = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.bfloat16)
+    gradients: dict[str, list[Tensor]] = {"all": [], "products": []}
+    counted = {
+        "all": block_activation_bytes(shape, workload, compiled=True),
+        "products": product_activation_bytes(shape, workload),
+    }
+    for keeps in ("all", "products"):
+        model = small_llama()
+        regions = TrainingRegions(model, compiled=True, recomputed=0, keeps=keeps)
+        kept = kept_bytes(model, hidden, gradients[keeps])
+        regions.remove()
+        assert kept == pytest.approx(counted[keeps], rel=0.05)
+    assert all(map(torch.equal, gradients["all"], gradients["products"]))
+    assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+def test_a_model_that_draws_keeps_everything() -> None:
+    model = small_llama(attention_dropout=0.1)
+    with pytest.raises(UserError, match="dropout=0"):
+        TrainingRegions(model, compiled=False, recomputed=0, keeps="products")

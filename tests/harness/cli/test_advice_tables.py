@@ -15,7 +15,7 @@ from tiny_machine import make_machine
 from harness.cli.advice_tables import recommendation_text
 from harness.pipeline import job_to_plan
 from harness.recommendation import Recommendation, recommended, with_target, with_what_if
-from profiles.advice.amount import Asked, amount_of
+from profiles.advice.amount import Asked, DataLengths, amount_of
 from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_price
 from profiles.advice.target import parse_target
@@ -119,3 +119,31 @@ def test_upgrades_and_machines_for_a_target_are_tables() -> None:
     assert "The largest model that each method fits here" in said
     assert "rtx-3090" in said
     assert "yes" in said
+    none_left = "--batch-size 3 with --accumulation 1 leaves none for it"
+    assert "leaves none for it" not in said
+    assert none_left in in_a_line(recommendation_text(replace(answer, job=replace(job, batch_size=3))))
+
+
+def test_a_job_of_shorter_sequences_says_of_which_its_time_is() -> None:
+    data = DataLengths(
+        sequences=100, tokens=20_000, shares=((128, 0.5), (384, 0.5)), description="100 rows of a test"
+    )
+    job = make_test_job(batch_size=2, seq_len=512)
+    for asked, said, epochs in ((Asked(), "50 steps", ""), (Asked(epochs=0.02), "1 step", ", 0.02 epochs")):
+        amount = amount_of(job.workload, asked, data)
+        answer = recommended(
+            job, job_to_plan(job, OPT_1B, ["native"], amount), make_gpu_machine(), rates=Rates()
+        )
+        told = in_a_line(recommendation_text(answer))
+        assert f"The job: {said}, " in told
+        assert f"(100 training sequences{epochs}; 100 rows of a test)" in told
+        assert "have 256 tokens on average, padding included" in told
+        assert "a step below is one of 512 tokens" in told
+        (forecast,), (plan,) = answer.forecasts, answer.plans
+        assert plan.prediction.compile_s is not None
+        assert forecast.seconds is not None
+        assert forecast.seconds > plan.prediction.compile_s
+        assert f"compiling takes about {plan.prediction.compile_s:.1f} s once, " in told
+    assert "on average" not in in_a_line(
+        recommendation_text(answer_of(make_gpu_machine(), asked=Asked(steps=1)))
+    )

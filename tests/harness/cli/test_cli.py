@@ -393,7 +393,20 @@ def test_data_of_a_named_shape_needs_no_word_about_weights(call) -> None:
     done = call("data", "builtin", "--model", "tiny-llama", "--seq-len", "64", "--examples", "1")
     assert done.code == 0
     assert "example 1" in done.out
-    assert done.err == ""
+    assert done.err.removeprefix("reading builtin ...\n") == ""  # said where it takes longer than a moment
+
+
+def test_sequences_are_no_longer_than_the_model_takes_unless_a_flag_says_so(call, profile: Path) -> None:
+    arguments = ("--model", "tiny-llama", "--profile", str(profile), "--engines", "native")
+    done = call("recommend", *arguments)
+    assert done.code == 0
+    assert "note: sequences of 256 tokens (--seq-len): tiny-llama takes no longer ones" in done.err
+    assert "batch 1 x 256 tokens" in done.out
+    done = call("recommend", *arguments, "--seq-len", "512")
+    assert done.code == 2
+    assert "--seq-len 512: tiny-llama takes at most 256 tokens; use --seq-len 256 or less" in done.err
+    japanese = call("recommend", *arguments, "--lang", "ja")
+    assert "系列長は 256 トークン" in japanese.err
 
 
 def test_what_takes_longer_than_a_moment_is_said(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_a_target_is_answered_backwards() -> None:
     on_a_card = ("--model", "opt-1.3b", "--profile", "rtx-4090", "--engines", "native")
     told = said(*on_a_card, "--target", "model=70b")
     assert "Machines of the catalogue for 70b, the least first" in told
+    zeroth = said(*on_a_card[:4], "--engines", "zo2", "--target", "model=70b")
+    assert re.search(r"the least machine that does it is [\w-]+, by zo2, with a part of it on disk\.", zeroth)
     hours = said(*on_a_card, "--target", "hours=8", "--examples", "100000")
     assert "the least machine that does it is" in hours
 
@@ -140,6 +143,14 @@ def test_a_limit_beyond_the_machine_limits_nothing_and_is_told() -> None:
     assert done.exception is None
     assert "--vram 93.1 GiB is more than the 24.0 GiB of NVIDIA GeForce RTX 4090" in done.stderr
     assert "--host-memory 1.82 TiB is more than" in done.stderr
+
+
+@pytest.mark.parametrize(("size", "told"), [("8GB", True), ("8GiB", False), ("7.5GB", False)])
+def test_a_limit_in_decimal_gigabytes_is_told_beside_what_cards_hold(size: str, told: bool) -> None:
+    done = CliRunner().invoke(app, ["recommend", *ON_A_CARD, "--vram", size, "--quiet"])
+    assert done.exception is None
+    said = "--vram 8GB is 7.45 GiB; a card sold as 8 GB holds 8 GiB (--vram 8GiB)"
+    assert (said in done.stderr) == told
 
 
 def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:

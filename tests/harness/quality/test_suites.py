@@ -100,6 +100,22 @@ def test_a_toy_suite_says_what_it_would_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [(), ("--template", "{text} It was", "--labels", "bad,good")])
+def test_accuracy_out_of_the_whole_vocabulary_is_told(words: tuple[str, ...], tmp_path: Path) -> None:
+    toy(tmp_path)
+    done = CliRunner().invoke(
+        app,
+        [
+            "compare", "--target", "accuracy>=0.6", "--budget", "100ktokens", "--model", "tiny-llama",
+            "--random-weights", "--data", str(tmp_path / "data/reviews.tsv"), "--engines", "mezo", "--dtype",
+            "fp32", "--seq-len", "32", "--profile", str(tmp_path / "machine.json"), "--dry-run", *words,
+        ],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert ("out of the whole vocabulary" in done.stderr) == (not words)
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

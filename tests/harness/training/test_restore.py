@@ -455,6 +455,9 @@ def test_what_cannot_be_exported_is_one_line(monkeypatch: pytest.MonkeyPatch, tm
     killed(monkeypatch, tmp_path / "killed", "native", 2)
     with pytest.raises(UserError, match="holds no checkpoint; train with --save-every"):
         export(tmp_path / "killed")
+    (tmp_path / "killed" / "checkpoints" / "writing").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no whole checkpoint: the first is being written, or the run"):
+        export(tmp_path / "killed")
     model = run(tmp_path / "whole", "native", tiny_job(steps=1))
     with pytest.raises(UserError, match="holds no checkpoint; its finished model is") as caught:
         export(tmp_path / "whole")

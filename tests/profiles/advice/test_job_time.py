@@ -51,14 +51,16 @@ def test_a_job_is_as_long_as_its_steps() -> None:
     assert "Compiling, once: 5 to 60 s." in found.basis["seconds"]
 
 
-def test_compiling_is_paid_by_all_steps_together() -> None:
-    told = plan().prediction
-    assert told.step_s is not None
-    assert told.amortised_step_s(10) == pytest.approx(told.step_s + COMPILE_S / 10)
+def test_a_job_of_one_step_compiles_too_and_a_step_of_any_job_does_not() -> None:
     context = JOB.context("native", H200)
+    told = plan().prediction
+    one = job_forecast(plan(), context, amount(((1024, 1.0),), steps=1), Rates())
+    assert told.step_s is not None
+    assert one.seconds == pytest.approx(told.step_s + COMPILE_S)
+    step = job_forecast(plan(), context, JOB.amount_or_step, Rates())
+    assert step.seconds == pytest.approx(told.step_s)
     eager = plan_engine(context, JOB.settings_of("native").replaced(compile=False)).prediction
-    assert eager.step_s is not None
-    assert (eager.compile_s, eager.amortised_step_s(10)) == (None, eager.step_s)
+    assert eager.compile_s is None
     without_gpu = plan_engine(JOB.context("native", replace(H200, gpu=None)), JOB.settings_of("native"))
     assert without_gpu.prediction.compile_s is None
 
@@ -74,7 +76,6 @@ def test_what_one_step_in_many_does_is_paid_as_often_as_it_comes() -> None:
     found = job_forecast(its, context, amount(((1024, 1.0),), steps=1000), Rates())
     # Steps 0, 400 and 800.
     assert found.seconds == pytest.approx(1000 * told.step_s + COMPILE_S + 3 * told.rare_s)
-    assert told.amortised_step_s(1000) == pytest.approx(found.seconds / 1000)
     assert "One step in 400" in found.basis["seconds"]
     assert plan().prediction.rare_s is None
     without_gpu = plan_engine(JOB.context("galore", replace(H200, gpu=None)), JOB.settings_of("galore"))
