@@ -38,11 +38,15 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
     weights = element * shape.parameters
     pinned = 2 * pinned_copy_bytes(shape, element)
     up_at_once = element * (non_block + BLOCKS_UP * block)
+    memory = training_memory(
+        shape, workload, held={"weights": up_at_once}, gradients=element * (non_block + block)
+    )
+    # Parameters come up in one piece, on a stream of its own, and are copied to where they are used: what is
+    # outside the blocks, and a block. torch gives memory of one stream to no other.
+    memory["gpu_apart_bytes"] += element * (non_block + block)
     return Traffic(
         layers=tuple(layers),
-        **training_memory(
-            shape, workload, held={"weights": up_at_once}, gradients=element * (non_block + block)
-        ),
+        **memory,
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,
