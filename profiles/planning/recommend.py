@@ -174,8 +174,8 @@ def _with_network(prediction: Prediction, cost: Traffic, context: PlanningContex
 
 
 def with_scaling(plan: Plan, context: PlanningContext, one: PlanningContext, given: GivenSettings) -> Plan:
-    """`plan`, made in `context`, with what several GPUs bring; as it is for one GPU, or where it does not fit.
-    `one`: the same job on one GPU."""
+    """`plan`, made in `context`, with what several GPUs bring; as it is for one GPU or where it does not
+    fit. `one`: the same job on one GPU."""
     if context.ranks == 1 or not plan.fits:
         return plan
     return replace(plan, reasons=(*plan.reasons, *_scaling(plan, context, one, given)))
