@@ -129,7 +129,13 @@ def off_grid_times(machine: Machine) -> float:
     to train a quarter faster with 50304. On a CPU and in other formats none is known."""
     if machine.gpu is None or machine.gpu.compute_capability is None:
         return 1.0
-    return 6.0 if int(machine.gpu.compute_capability.partition(".")[0]) >= HOPPER else 2.0
+    return 6.0 if is_hopper(machine) else 2.0
+
+
+def is_hopper(machine: Machine) -> bool:
+    """A Hopper GPU or a later one: its products have become faster than what lies between them."""
+    capability = None if machine.gpu is None else machine.gpu.compute_capability
+    return capability is not None and int(capability.partition(".")[0]) >= HOPPER
 
 
 def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:
