@@ -44,6 +44,9 @@ from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 from profiles.rates import measured_matrix_rate
 
+ROUNDS = 3
+"""Processes of each method, by default."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
@@ -57,7 +60,7 @@ class Sweep:
     """The smaller machine that runs are held to and predicted for."""
     external: Sequence[Path] = ()
     """Files that describe trainers of others, each a method beside `engines`."""
-    rounds: int = 3
+    rounds: int = ROUNDS
     criteria: Path | None = None
     check_criteria: Callable[[Path], object]
     """Raises `UserError` for a file of criteria that are none: before the runs, not after their hours."""

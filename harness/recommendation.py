@@ -12,7 +12,7 @@ from engines.errors import UserError
 from engines.files.reading import expanded, is_folder
 from engines.shapes import ModelShape
 from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
-from harness.pipeline import job_arguments
+from harness.pipeline import ROUNDS, job_arguments
 from harness.records.job import Job, ModelSource
 from harness.resolve import resolve_shape
 from harness.sharing.like_machines import LikeMachines, beside_catalogue, beside_like_machines
@@ -211,6 +211,7 @@ def recommended(
         verdict=verdict_of(
             plans, forecasts, ways, shape, of_job=planned.amount is not None,
             compare=f"lspzo-bench compare {job_arguments(job)}",
+            compare_steps=ROUNDS * (job.steps + job.warmup_steps),
         ),
         calibration=calibration,
     )  # fmt: skip

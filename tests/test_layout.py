@@ -278,6 +278,21 @@ def test_a_circle_would_be_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 
 
+def private_imports(sources: Sources) -> list[str]:
+    return [
+        f"{module} -> {alias.name}"
+        for module, path in sources.items()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES
+        for alias in node.names
+        if re.match("_[^_]", alias.name)
+    ]
+
+
+def test_private_names_stay_in_their_module() -> None:
+    assert private_imports(modules()) == []
+
+
 def folders_with_code(sources: Sources) -> list[str]:
     return [
         module
@@ -698,6 +713,12 @@ def test_tests_use_no_more_private_names() -> None:
         ),
         ("reports.box", "YARDSTICK = 'native'", engines_named, "reports.box -> native"),
         ("engines.__init__", "import engines.costs.disk", table_imports, "engines.costs.disk"),
+        (
+            "engines.costs.box",
+            "from engines.costs.lsp import _gpu_memory",
+            private_imports,
+            "engines.costs.box -> _gpu_memory",
+        ),
         ("engines.costs.box", "class Run: ...", defined_twice, "Run"),
         ("engines.costs.box", "def f():\n    'See `g`.'", references_only, "engines.costs.box.f"),
         ("engines.costs.box", "Machine = dict[str, int]", defined_twice, "Machine"),

@@ -26,7 +26,7 @@ from engines.lossless.lossless_codec import CODES_BYTES, TILE_BYTES
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import Outputs, Visit
-from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, visit_halves, visit_lanes
+from engines.noise.weight_pass_kernels import NUM_WARPS, unsigned_seed, visit_halves, visit_lanes
 
 _LANES = tl.constexpr(LANES)
 _TILE = tl.constexpr(TILE_ELEMENTS)
@@ -388,8 +388,8 @@ def visit_lossless(kept: Tensor, segment: Segment, how: Visit, out: Outputs) -> 
     }
     arguments = (
         kept.view(torch.int16), kept.view(torch.int32), theta, plus, minus, segment.places(kept.device),
-        len(segment.numbers), how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed),
-        how.eps,
+        len(segment.numbers), how.log.table, how.first, how.last - how.first, how.step,
+        unsigned_seed(how.seed), how.eps,
     )  # fmt: skip
     grid = (kept.numel() // TILE_BYTES,)
     kernel = _signs_kernel

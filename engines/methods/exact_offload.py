@@ -366,7 +366,7 @@ class ExactOffload:
             (parameter.grad,) = each.views(memory).values()
             self._non_block_gradients.append(memory)
         self.last_non_block = set(range(self._num_blocks, self._num_groups))
-        """By index, those whose gradients were complete at the end of the last step, by index."""
+        """Indices of those whose gradients were complete only at the end of the last step."""
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""

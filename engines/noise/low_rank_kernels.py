@@ -14,7 +14,7 @@ from engines.kernels.triton_launch import launch
 from engines.noise import philox
 from engines.noise.philox import NoiseKey
 from engines.noise.tiles import TILE
-from engines.noise.weight_pass_kernels import _dither_of_signs, _rounded, _seed
+from engines.noise.weight_pass_kernels import dither_of_half, rounded_like, unsigned_seed
 
 _TILE = tl.constexpr(TILE)
 _LANES = tl.constexpr(philox.SIGN_LANES)
@@ -49,8 +49,8 @@ def _add_kernel(
         if MODE == 0:
             tl.store(weight + element, value.to(like), mask=inside)
         else:
-            bits = _dither_of_signs(tile, half, tensor, step, seed)
-            tl.store(weight + element, _rounded(value, bits, like, MODE).to(like), mask=inside)
+            bits = dither_of_half(tile, half, tensor, step, seed)
+            tl.store(weight + element, rounded_like(value, bits, like, MODE).to(like), mask=inside)
 
 
 def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *, stochastic: bool) -> None:
@@ -59,5 +59,5 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
     launch(
         _add_kernel, (triton.cdiv(weight.numel(), TILE),),
         weight, rows, columns, weight.numel(), rows.shape[1], columns.shape[1], key.tensor, key.step,
-        _seed(key.seed), RANK=rows.shape[0], MODE=mode, enable_fp_fusion=False, num_warps=4,
+        unsigned_seed(key.seed), RANK=rows.shape[0], MODE=mode, enable_fp_fusion=False, num_warps=4,
     )  # fmt: skip

@@ -150,7 +150,7 @@ def dithered_bf16(value, uniform):
 
 
 @triton.jit
-def _rounded(value, uniform, like, MODE: tl.constexpr):
+def rounded_like(value, uniform, like, MODE: tl.constexpr):
     """fp32 rounded to the weights' dtype, as fp32: as `noise.dither`, line by line."""
     if MODE == _NEAREST:
         return value.to(like).to(tl.float32)
@@ -168,7 +168,7 @@ def _moved(value, z, uniform, lr, g, decay, like, DECAYS: tl.constexpr, MODE: tl
     change = z * g
     if DECAYS:
         change = change + value * decay
-    return _rounded(value - change * lr, uniform, like, MODE)
+    return rounded_like(value - change * lr, uniform, like, MODE)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def sign_bits(tile, lane, tensor, step, seed):
 
 
 @triton.jit
-def _signs(bits, half):
+def signs_of_half(bits, half):
     """Noise of one half of a tile: (lanes, 8) fp32."""
     shift = tl.arange(0, _SIGN_WIDTH) + half * _SIGN_WIDTH
     return 1.0 - 2.0 * ((bits[:, None] >> shift[None, :]) & 1).to(tl.float32)
@@ -203,7 +203,7 @@ def _signs_at(element, tensor, step, seed):
 
 
 @triton.jit
-def _dither_of_signs(tile, half, tensor, step, seed):
+def dither_of_half(tile, half, tensor, step, seed):
     """16 random bits for each element of one half of a tile: (lanes, 8) uint32."""
     counter = (tile.to(tl.int64) * 2 + half) * _SIGN_LANES + tl.arange(0, _SIGN_LANES) + _DITHER
     x0, x1, x2, x3 = words(counter, tensor, step, seed)
@@ -215,7 +215,7 @@ def _dither_of_signs(tile, half, tensor, step, seed):
 
 @triton.jit
 def dither_at(tile, place, tensor, step, seed):
-    """16 random bits, uint32, for any places (n,) of a tile: those of `_dither_of_signs`, a call for each."""
+    """16 random bits, uint32, for any places (n,) of a tile: those of `dither_of_half`, a call for each."""
     counter = tile * (2 * _SIGN_LANES) + place // _SIGN_WIDTH + _DITHER
     x0, x1, x2, x3 = words(counter, tensor, step, seed)
     j = place % _SIGN_WIDTH
@@ -262,16 +262,16 @@ def visit_halves(
         if MODE == _NEAREST:
             u0, u1 = bits[:, None], bits[:, None]  # of no use
         else:
-            u0 = _dither_of_signs(tile, 0, tensor, then, seed)
-            u1 = _dither_of_signs(tile, 1, tensor, then, seed)
-        w0 = _moved(w0, _signs(bits, 0), u0, lr, g, decay, like, DECAYS, MODE)
-        w1 = _moved(w1, _signs(bits, 1), u1, lr, g, decay, like, DECAYS, MODE)
+            u0 = dither_of_half(tile, 0, tensor, then, seed)
+            u1 = dither_of_half(tile, 1, tensor, then, seed)
+        w0 = _moved(w0, signs_of_half(bits, 0), u0, lr, g, decay, like, DECAYS, MODE)
+        w1 = _moved(w1, signs_of_half(bits, 1), u1, lr, g, decay, like, DECAYS, MODE)
     if THETA:
         tl.store(theta + base + e0, w0.to(like), mask=m0)
         tl.store(theta + base + e1, w1.to(like), mask=m1)
     if PLUS or MINUS:
         bits = sign_bits(tile, lane, tensor, step, seed)
-        z0, z1 = _signs(bits, 0) * eps, _signs(bits, 1) * eps
+        z0, z1 = signs_of_half(bits, 0) * eps, signs_of_half(bits, 1) * eps
         if PLUS:
             tl.store(plus + base + e0, (w0 + z0).to(like), mask=m0)
             tl.store(plus + base + e1, (w1 + z1).to(like), mask=m1)
@@ -443,7 +443,7 @@ def visit(weight: Tensor, segment: Segment, how: Visit, out: Outputs, start: int
         flat if each is None else each.view(-1) for each in (out.theta, out.plus, out.minus)
     )
     log = (how.log.table, how.first, how.last - how.first)
-    noise_of = (how.step, _seed(how.seed), how.eps)
+    noise_of = (how.step, unsigned_seed(how.seed), how.eps)
     flags: dict[str, Any] = {
         "MODE": mode,
         "THETA": out.theta is not None,
@@ -481,7 +481,7 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
         grid = (indices.numel(), triton.cdiv(width, ROW_COLUMNS))
         launch(
             _rows_kernel, grid,
-            weight, indices.reshape(-1), out, width, number, how.step, _seed(how.seed), how.eps,
+            weight, indices.reshape(-1), out, width, number, how.step, unsigned_seed(how.seed), how.eps,
             COLUMNS=ROW_COLUMNS, SIGNS=how.noise == "rademacher", COINS=how.noise == "binomial",
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -491,10 +491,12 @@ def rows(weight: Tensor, number: int, indices: Tensor, how: Visit) -> Tensor:
 def philox_words(key: NoiseKey, first_lane: int, num_lanes: int, device: torch.device) -> Tensor:
     """The integer stream of a power of two of lanes, for tests: (4, num_lanes) int64."""
     out = torch.empty((4, num_lanes), dtype=torch.int64, device=device)
-    launch(_words_kernel, (1,), out, first_lane, key.tensor, key.step, _seed(key.seed), COUNT=num_lanes)
+    launch(
+        _words_kernel, (1,), out, first_lane, key.tensor, key.step, unsigned_seed(key.seed), COUNT=num_lanes
+    )
     return out
 
 
-def _seed(seed: int) -> int:
-    """64 bits, as Triton's Philox takes them."""
+def unsigned_seed(seed: int) -> int:
+    """The 64 bits of a seed that may be negative, as the kernels take them."""
     return seed & 0xFFFFFFFFFFFFFFFF

@@ -25,7 +25,14 @@ from engines.noise.low_rank_kernels import low_rank
 from engines.noise.philox import SIGN_LANES, SIGN_WIDTH, NoiseKey
 from engines.noise.tiles import LANES, Segment
 from engines.noise.visits import LOG_CAPACITY, Visit
-from engines.noise.weight_pass_kernels import NUM_WARPS, _seed, _signs, dither_at, drawn, sign_bits
+from engines.noise.weight_pass_kernels import (
+    NUM_WARPS,
+    dither_at,
+    drawn,
+    sign_bits,
+    signs_of_half,
+    unsigned_seed,
+)
 from engines.quantized import codec
 from engines.settings.zeroth_order import Base
 
@@ -255,14 +262,14 @@ def _signs_kernel(
         g = tl.load(entry + 2).to(tl.float32, bitcast=True)
         decay = tl.load(entry + 3).to(tl.float32, bitcast=True)
         bits = sign_bits(tile, thread, tensor, tl.load(entry), seed)
-        w0 = _moved(w0, _signs(bits, 0), lr, g, decay, DECAYS)
-        w1 = _moved(w1, _signs(bits, 1), lr, g, decay, DECAYS)
+        w0 = _moved(w0, signs_of_half(bits, 0), lr, g, decay, DECAYS)
+        w1 = _moved(w1, signs_of_half(bits, 1), lr, g, decay, DECAYS)
     like = side.dtype.element_ty
     e0 = thread[:, None] * _SIGN_WIDTH + tl.arange(0, _SIGN_WIDTH)[None, :]
     e1 = e0 + _SIGN_LANES * _SIGN_WIDTH
     if PERTURB:
         bits = sign_bits(tile, thread, tensor, step, seed)
-        z0, z1 = _signs(bits, 0) * eps, _signs(bits, 1) * eps
+        z0, z1 = signs_of_half(bits, 0) * eps, signs_of_half(bits, 1) * eps
         if left >= _TILE:  # only then can a thread store 8 neighbours in one go
             tl.store(side + base + e0, (w0 + z0).to(like))
             tl.store(side + base + e1, (w1 + z1).to(like))
@@ -326,7 +333,7 @@ def visit_tiles(
     grid = (tiles.numel() // tile_bytes(base),)
     arguments = (
         tiles.view(word), scales, side, other, places, len(segment.numbers),
-        how.log.table, how.first, how.last - how.first, how.step, _seed(how.seed), how.eps,
+        how.log.table, how.first, how.last - how.first, how.step, unsigned_seed(how.seed), how.eps,
     )  # fmt: skip
     flags: dict[str, Any] = {
         "FORM": _FORMS[base], "WORDS": tile_bytes(base) // word.itemsize, "SIDES": len(sides),
@@ -359,7 +366,7 @@ def add_low_rank_to_tiles(
     launch(
         _add_kernel, (tiles.numel() // tile_bytes(base),),
         tiles.view(word), tiles.view(torch.bfloat16), rows, columns, height * width, height, width,
-        key.tensor, key.step, _seed(key.seed), FORM=_FORMS[base],
+        key.tensor, key.step, unsigned_seed(key.seed), FORM=_FORMS[base],
         WORDS=tile_bytes(base) // word.itemsize, RANK=rank, STOCHASTIC=stochastic,
         enable_fp_fusion=False, num_warps=NUM_WARPS,
     )  # fmt: skip

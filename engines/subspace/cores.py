@@ -227,25 +227,8 @@ class Cores:
         sizes = [sum(each.d**2 for each in members) for members in subspaces]
         kept = torch.bfloat16 if settings.moments == "bf16" else torch.float32
         self._moments = _Moments(sum(sizes), kept, world, progress)
-        head_bytes = -(-4 * len(sizes) // 64) * 64
-        wire_bytes = dtype.itemsize * sum(sizes)
-        pinned_for = device if offload else torch.device("cpu")
-        if world.local_size == 1:
-            slab = HostSlab(head_bytes + wire_bytes, pinned_for, progress)
-            self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
-            outgoing = self._held.views[0][head_bytes:].view(dtype)
-        else:
-            each_bytes = [head_bytes + wire_bytes] * world.local_size
-            self._held = shared_slabs([*each_bytes, wire_bytes], pinned_for, progress, world)
-            outgoing = self._held.views[-1].view(dtype)
-        of_ranks = self._held.views[: world.local_size]
-        self.norms_of_ranks = [memory[: 4 * len(sizes)].view(torch.float32) for memory in of_ranks]
-        """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
-        self.incoming_of_ranks = [memory[head_bytes:].view(dtype) for memory in of_ranks]
-        """(elements,) of each rank: all its cores."""
-        norms_on_host = self.norms_of_ranks[world.local_rank]
-        incoming = self.incoming_of_ranks[world.local_rank]
-        self._is_first = world.local_rank == 0
+        self._wire = _OnHost(len(sizes), sum(sizes), dtype, device if offload else None, world, progress)
+        norms_on_host, incoming, outgoing = self._wire.own_norms, self._wire.own_incoming, self._wire.outgoing
         self.first: list[int] = []
         """Of each chunk, by number: its first element among all cores."""
         self.squared_norms = torch.zeros(len(sizes), device=device)
@@ -308,8 +291,8 @@ class Cores:
         begin = self.first[state.number]
         end = begin + state.incoming.numel()
         return OfRanks(
-            [each[begin:end] for each in self.incoming_of_ranks],
-            [norms[place : place + 1] for norms in self.norms_of_ranks],
+            [each[begin:end] for each in self._wire.incoming],
+            [norms[place : place + 1] for norms in self._wire.norms],
         )
 
     @property
@@ -339,14 +322,58 @@ class Cores:
 
     @property
     def pinned_bytes(self) -> int:
-        """Counted by the first of the ranks that have it together."""
-        return self._held.pinned_bytes if self._is_first else 0
+        """Of the host; counted by the first of the ranks that have it together."""
+        return self._wire.pinned_bytes
 
     def close(self) -> None:
         """Unpin. The caller has waited for all copies."""
         self.blocks.clear()
-        self._held.close()
+        self._wire.close()
         self._moments.close()
+
+
+class _OnHost:
+    """Where cores and their norms arrive on the host, and where their directions wait to go up."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        elements: int,
+        dtype: torch.dtype,
+        pinned_for: torch.device | None,
+        world: World,
+        progress: Callable[[str, int, int], None],
+    ) -> None:
+        """Of so many blocks with so many elements in all. The ranks of a machine have the directions once,
+        and each sees what has arrived of the others."""
+        device = torch.device("cpu") if pinned_for is None else pinned_for
+        head_bytes = -(-4 * num_blocks // 64) * 64
+        core_bytes = dtype.itemsize * elements
+        if world.local_size == 1:
+            slab = HostSlab(head_bytes + core_bytes, device, progress)
+            self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
+            outgoing = self._held.views[0][head_bytes:]
+        else:
+            each_bytes = [head_bytes + core_bytes] * world.local_size
+            self._held = shared_slabs([*each_bytes, core_bytes], device, progress, world)
+            outgoing = self._held.views[-1]
+        self.outgoing = outgoing.view(dtype)
+        """(elements,) of all cores; of one process the memory in which they have arrived."""
+        of_ranks = self._held.views[: world.local_size]
+        self.norms = [memory[: 4 * num_blocks].view(torch.float32) for memory in of_ranks]
+        """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
+        self.incoming = [memory[head_bytes:].view(dtype) for memory in of_ranks]
+        """(elements,) of each rank: all its cores."""
+        self.own_norms, self.own_incoming = self.norms[world.local_rank], self.incoming[world.local_rank]
+        self._is_first = world.local_rank == 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """0 but for the first of the ranks that have it together."""
+        return self._held.pinned_bytes if self._is_first else 0
+
+    def close(self) -> None:
+        self._held.close()
 
 
 class _Moments:

@@ -328,6 +328,8 @@ class PerturbedModel:
             self._in_tail = False
 
     def _block_forward(self, unit: ModuleUnit) -> Callable[..., Any]:
+        """How a unit's module runs in a visit: on one side, or on both, which the batch has stacked. Products
+        and norms take both in one go; anything else runs once for each side."""
         module = unit.module
         original = module.forward
         scratch = self.scratch
@@ -356,19 +358,23 @@ class PerturbedModel:
             width = first.shape[1] if turned else first.shape[0]
             out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
             halves = ((0, slice(None, half)), (1, slice(half, None)))
-            if unit.adapted:
-                # One product for both sides, which differ in the bias and in what stands beside.
-                assert isinstance(self.adapters, LowRank)
-                multiply(flat, first if turned else first.t(), None, out)
-                for side, rows in halves:
-                    out[rows] += unit.weights[side][1]
-                self.adapters.add(module, flat, out)
-                return out.view(*x.shape[:-1], width)
+            (of_both if unit.adapted else of_each)(flat, out, halves)
+            return out.view(*x.shape[:-1], width)
+
+        def of_both(flat: Tensor, out: Tensor, halves: Sequence[tuple[int, slice]]) -> None:
+            """One product for both sides, which differ in the bias and in what stands beside."""
+            assert isinstance(self.adapters, LowRank)
+            first = unit.weights[0][0]
+            multiply(flat, first if turned else first.t(), None, out)
+            for side, rows in halves:
+                out[rows] += unit.weights[side][1]
+            self.adapters.add(module, flat, out)
+
+        def of_each(flat: Tensor, out: Tensor, halves: Sequence[tuple[int, slice]]) -> None:
             for side, rows in halves:
                 weight = unit.weights[side][0] if turned else unit.weights[side][0].t()
                 bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
                 multiply(flat[rows], weight, bias, out[rows])
-            return out.view(*x.shape[:-1], width)
 
         is_product = is_linear(module) and unit.has_weight_and_bias_only
 

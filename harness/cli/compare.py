@@ -41,7 +41,7 @@ from harness.cli.quality import study_seen
 from harness.cli.suites import SuiteFlags, suite_seen
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import grid_table, runs_table
-from harness.pipeline import Sweep, planned_cells, prepare
+from harness.pipeline import ROUNDS, Sweep, planned_cells, prepare
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
 from harness.quality.study import StudyRequest, prepare_study
@@ -55,7 +55,7 @@ def compare(
     profile: Profile = None,
     emulate: Emulate = None,
     external: External = None,
-    rounds: RoundsFlag = 3,
+    rounds: RoundsFlag = ROUNDS,
     criteria: CriteriaFlag = None,
     out: Out = None,
     resume: Resume = False,

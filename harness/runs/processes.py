@@ -37,12 +37,8 @@ COMPILE_WORKERS = 8
 """Processes of torch's compiler beside a run, at most: a kind of block has some twenty kernels, and each
 process takes some 25 MB of its own. torch would start one for each core, up to 32."""
 
-GUARD = (
-    'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; '
-    'if [ "$1" ]; then rm -rf -- "$1"; fi; }'
-)
-"""Reads the process groups, then nothing until the pipe ends; then kills the groups, and removes the folder
-that it was given."""
+GUARD = 'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; }'
+"""Reads the process groups, then nothing until the pipe ends; then kills the groups."""
 
 
 def of_rank(name: str, rank: int) -> str:
@@ -127,11 +123,9 @@ class Group:
         module: str = "harness.runs.worker",
         *,
         reads: bool = False,
-        is_temporary: bool = False,
     ) -> None:
         """Start `module` for each, with at most `threads` threads together; without `places`, once and alone.
 
-        With `is_temporary` nobody needs `work` after this process: where it is killed, the folder goes too.
         With `reads` the workers are told their folders on stdin, in place of `work`. Raises `UserError` where
         the system refuses.
         """
@@ -142,7 +136,7 @@ class Group:
         alone: list[RankPlace | None] = [None]
         try:
             self._guard = subprocess.Popen(
-                ["/bin/sh", "-c", GUARD, "guard", str(work.resolve()) if is_temporary else ""],
+                ["/bin/sh", "-c", GUARD],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

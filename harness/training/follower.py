@@ -66,7 +66,7 @@ def follow_from_here(job: Job, engine_name: str, settings: Any, progress: Progre
     with own_folder() as work:
         ranks = places(job.limits, work)
         write_whole(work / FOLLOW, to_json(following))
-        others = Group(work, ranks[1:], None, MODULE, is_temporary=True) if ranks[1:] else None
+        others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
         try:
             with user_errors(engine_name, job, None):
                 return follow(following, ranks[0], progress)

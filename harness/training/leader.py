@@ -70,7 +70,7 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
         if ranks[0].rank != 0:
             raise UserError("NODE_RANK", "is not 0: this process does not lead", "start it with NODE_RANK=0")
         write_whole(work / FOLLOW, to_json(Following(job=job, method=method_of(engine_name, settings))))
-        others = Group(work, ranks[1:], None, MODULE, is_temporary=True) if ranks[1:] else None
+        others = Group(work, ranks[1:], None, MODULE) if ranks[1:] else None
         remedy = f"go on with --resume --out {shlex.quote(str(out))}, with as many GPUs as there are"
         try:
             with _watched(others, work, remedy):

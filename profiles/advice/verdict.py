@@ -20,6 +20,9 @@ from profiles.advice.ways_out import WayOut
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import INSTEAD
 
+LONG_S = 1800.0
+"""From where on it is said what a comparison takes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanVerdict:
@@ -46,9 +49,11 @@ def verdict_of(
     *,
     of_job: bool,
     compare: str = "lspzo-bench compare",
+    compare_steps: int = 0,
 ) -> PlanVerdict:
     """`plans` are ranked as `profiles.planning.recommend` does. `forecasts` are of the job, or of one step
-    where the job's size is not known (`of_job` is false)."""
+    where the job's size is not known (`of_job` is false). `compare` takes `compare_steps` steps with each
+    method."""
     fitting = [plan for plan in plans if plan.fits]
     first = [plan.engine for plan in fitting if entry(plan.engine).order == "first"]
     zeroth = [plan.engine for plan in fitting if entry(plan.engine).order == "zeroth"]
@@ -72,6 +77,12 @@ def verdict_of(
     tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
     if tied:
         sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")
+        steps_s = [plan.prediction.step_s or 0.0 for plan in fitting if plan.engine in tied]
+        if (total_s := compare_steps * sum(steps_s)) > LONG_S:
+            sentences.append(
+                f"By these plans that takes {words.duration(total_s)}: --rounds 1 a third of it, fewer "
+                "--steps less."
+            )
     return PlanVerdict(
         first_order=tuple(first),
         zeroth_order=tuple(zeroth),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -197,27 +195,6 @@ def test_time_limit_kills_grandchildren_too(tmp_path: Path, time_out: Callable[[
     assert len(family) == 4  # guard, worker, and the worker's two
     _, alive = psutil.wait_procs(family, timeout=5)
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
-
-
-@pytest.mark.parametrize("is_temporary", [True, False])
-def test_a_folder_that_is_for_a_group_alone_goes_where_its_process_is_killed(
-    is_temporary: bool, tmp_path: Path
-) -> None:
-    work = tmp_path / "with a space"
-    work.mkdir()
-    script = f"""
-import os, signal
-from pathlib import Path
-from harness.runs.processes import Group
-Group(Path({str(work)!r}), [], None, "timeit", is_temporary={is_temporary})
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    root = Path(__file__).parents[3]
-    assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == -signal.SIGKILL
-    ends = time.monotonic() + (10 if is_temporary else 0.5)
-    while work.exists() and time.monotonic() < ends:
-        time.sleep(0.01)
-    assert work.exists() != is_temporary
 
 
 def test_leftover_children_of_a_killed_worker_do_not_hold_up_the_end(tmp_path: Path) -> None:

@@ -53,6 +53,21 @@ def test_overlapping_ranges_are_called_a_tie() -> None:
     assert "is a tie with it" in found.text
 
 
+def test_a_comparison_that_takes_long_says_so() -> None:
+    job = JobToPlan(shape=DEEPSEEK_7B, workload=TRAINING, engines=(), settings={})
+    plans = [plan_engine(job.context(e, H200), job.settings_of(e)) for e in ("native", "lsp")]
+    forecasts = {
+        p.engine: job_forecast(p, job.context(p.engine, H200), job.amount_or_step, Rates()) for p in plans
+    }
+    told = [
+        verdict_of(plans, forecasts, {}, DEEPSEEK_7B, of_job=False, compare_steps=steps).sentences[-1]
+        for steps in (39, 39_000)
+    ]
+    assert told[0].startswith("To measure what is tied:")
+    steps_s = sum(plan.prediction.step_s or 0.0 for plan in plans)
+    assert told[1].startswith(f"By these plans that takes {39_000 * steps_s / 3600:.2f} h: --rounds 1")
+
+
 def test_a_zeroth_order_method_never_comes_before_one_with_gradients() -> None:
     found = verdict(["mezo", "native"], DEEPSEEK_1B)
     assert (found.best, found.first_order, found.zeroth_order) == ("native", ("native",), ("mezo",))
