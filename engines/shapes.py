@@ -44,6 +44,10 @@ class MatrixShape:
         return self.rows * self.columns
 
 
+ENCODER_FAMILIES = ("albert", "bert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
+"""Values of `model_type` whose tokens see those after them; what is not listed counts as a decoder."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """The sizes of a model that costs follow from. Counts are of elements, not bytes."""
@@ -85,6 +89,11 @@ class ModelShape:
     def predicts_tokens(self) -> bool:
         """The head's outputs are the vocabulary; it comes with the checkpoint."""
         return self.head in ("causal_lm", "masked_lm")
+
+    @property
+    def is_causal(self) -> bool:
+        """Each token sees those before it, as in every decoder; in encoders it sees all."""
+        return self.head != "masked_lm" and self.family not in ENCODER_FAMILIES
 
     @property
     def parameters(self) -> int:

@@ -30,7 +30,7 @@ from profiles.catalog import FOLDER, machine_names
 from profiles.documents import adapter
 from profiles.machine import Machine, load_machine
 from profiles.planning.plan import Plan
-from profiles.planning.recommend import plan_engine, rank
+from profiles.planning.recommend import plan_engine, rank, with_scaling
 from profiles.units import format_bytes
 
 RECOMMENDATION_VERSION = 1
@@ -182,10 +182,13 @@ def recommended(
     """Everything but `what_if`, `largest` and `answers`. Raises `UserError` for settings that make no
     sense."""
     contexts = {engine: planned.context(engine, machine) for engine in planned.engines}
+    on_one = replace(planned, gpus=1, nodes=1)
     plans = []
     for engine, context in contexts.items():
         own = replace(job, settings={name: each for name, each in job.settings.items() if name == engine})
-        plan = plan_engine(context, planned.settings_of(engine), job_arguments(own))
+        given = planned.settings_of(engine)
+        plan = plan_engine(context, given, job_arguments(own))
+        plan = with_scaling(plan, context, on_one.context(engine, machine), given)
         plans.append(replace(plan, prediction=calibrated(plan.prediction, engine, calibration)))
     forecasts = {
         plan.engine: job_forecast(plan, contexts[plan.engine], planned.amount_or_step, rates, calibration)

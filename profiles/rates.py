@@ -85,6 +85,10 @@ def disk(machine: Machine, *, writes: bool = False) -> tuple[str, Figure]:
     return "disk read bandwidth", machine.disk.read_bytes_per_s
 
 
+BETWEEN_GPUS = "bandwidth between GPUs"
+"""What is measured."""
+
+
 def from_gpu(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
     """Of the slowest GPU; for weights that GPUs divide, where the profile is of one alone, that of its link,
     which is what two GPUs have at least."""
@@ -95,7 +99,7 @@ def from_gpu(traffic: Traffic, machine: Machine) -> tuple[str, Figure]:
     if not known:
         why = each[0].from_gpu_bytes_per_s.method if each else "the profile is of one GPU"
         raise FigureAbsent("bandwidth between GPUs is not in the machine profile", why)
-    return "bandwidth between GPUs", min(known, key=lambda figure: figure.value or 0.0)
+    return BETWEEN_GPUS, min(known, key=lambda figure: figure.value or 0.0)
 
 
 def memory_copy(machine: Machine) -> tuple[str, Figure]:
@@ -125,7 +129,13 @@ def off_grid_times(machine: Machine) -> float:
     to train a quarter faster with 50304. On a CPU and in other formats none is known."""
     if machine.gpu is None or machine.gpu.compute_capability is None:
         return 1.0
-    return 6.0 if int(machine.gpu.compute_capability.partition(".")[0]) >= HOPPER else 2.0
+    return 6.0 if is_hopper(machine) else 2.0
+
+
+def is_hopper(machine: Machine) -> bool:
+    """A Hopper GPU or a later one: its products have become faster than what lies between them."""
+    capability = None if machine.gpu is None else machine.gpu.compute_capability
+    return capability is not None and int(capability.partition(".")[0]) >= HOPPER
 
 
 def measured_matrix_rate(machine: Machine, workload: Workload) -> float | None:

@@ -23,6 +23,9 @@ class LayerTraffic:
     """Backward pass including the recomputation under checkpointing."""
     off_grid_flops: float = 0.0
     """Of both passes, those of 16-bit products whose rows begin where 16 bytes cannot be read at once."""
+    attention_longer_flops: float = 0.0
+    """What attention's kernels take longer on a Hopper GPU than what is counted for them, as operations at
+    the rate of a product."""
     gpu_bytes: float = 0.0
     """GPU memory traffic beside the matrix products: perturbation, optimizer, projection."""
     h2d_bytes: int = 0

@@ -52,7 +52,7 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
         workload,
         passes,
         3 * element + 2 * EIGHT_BIT_MOMENTS,
-        EIGHT_BIT_LAUNCHES * tensors_of_block(shape),
+        EIGHT_BIT_LAUNCHES * transformer.num_tensors(shape),
     )
     held = {"weights": element * shape.parameters, "optimizer": 0 if settings.paged else moments}
     gradients = element * shape.parameters
@@ -84,7 +84,7 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
         workload,
         passes,
         ADAM_PASSES * element,
-        OPTIMIZER_IN_BACKWARD_LAUNCHES * tensors_of_block(shape),
+        OPTIMIZER_IN_BACKWARD_LAUNCHES * transformer.num_tensors(shape),
     )
     return Traffic(
         layers=layers,
@@ -113,13 +113,14 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
     largest = max((each.parameters for each in shape.matrices), default=0)
     passes = block_passes(shape, workload, settings)
     projected = 4.0 * settings.rank * sum(each.parameters for each in shape.matrices)
+    launches = GALORE_LAUNCHES * transformer.num_tensors(shape)
     layers = [
         replace(
             layer,
             gpu_backward_flops=layer.gpu_backward_flops
             + (projected if layer.name.startswith("block.") else 0.0),
         )
-        for layer in _updated(shape, workload, passes, 6 * element, GALORE_LAUNCHES * tensors_of_block(shape))
+        for layer in _updated(shape, workload, passes, 6 * element, launches)
     ]
     return Traffic(
         layers=tuple(layers),
@@ -148,11 +149,6 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
 def graph_bytes(shape: ModelShape, passes: BlockPasses) -> int:
     """GPU memory of the captured passes outside torch's allocator."""
     return shape.num_blocks * GRAPH_BYTES if passes.captured else 0
-
-
-def tensors_of_block(shape: ModelShape) -> int:
-    """Matrices, and about as many norms and biases as there are."""
-    return len(shape.matrices) + 2
 
 
 def _updated(

@@ -52,6 +52,18 @@ COMPILED_KERNELS = 6
 """Kernels of one forward pass of a compiled block beside its products: attention, both norms with their
 residuals, rotary embedding or biases, the activation. Counted."""
 
+ATTENTION_SHARE, ATTENTION_SHARE_WIDE = 0.4, 0.5
+"""Rate of attention's kernels on a Hopper GPU over that of a large product, with heads of 64 to 127 features
+and with wider ones: FlashAttention-2 reaches 200 to 290 and 250 to 350 TFLOP/s there (Shah et al., 2024,
+arXiv 2407.08608), products 680. A causal kernel leaves half of the scores out, which `block_forward_flops`
+counts."""
+
+WIDE_HEAD = 128
+
+ATTENTION_BACKWARD = 2.5
+"""Operations of attention's backward pass over those of its forward pass: it makes the scores anew. Counted;
+for other products it is 2."""
+
 GRAPH_SCRATCH_BYTES = 400_000_000
 """`engines.zeroth_order.perturbed_model` runs blocks as CUDA graphs up to this size of a block's perturbed
 copies."""
@@ -134,6 +146,14 @@ def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
     return matrices + 4.0 * workload.seq_len * shape.hidden * tokens
 
 
+def attention_longer_flops(shape: ModelShape, workload: Workload, forwards: float, backwards: float) -> float:
+    """Of so many passes through one block, over all tokens of a step."""
+    counted = 4.0 * workload.seq_len * shape.hidden * workload.tokens_per_step
+    is_wide = shape.hidden >= WIDE_HEAD * shape.num_heads
+    done = (0.5 if shape.is_causal else 1.0) / (ATTENTION_SHARE_WIDE if is_wide else ATTENTION_SHARE)
+    return counted * (forwards * (done - 1) + backwards * (ATTENTION_BACKWARD * done - 2))
+
+
 def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
     """One forward pass of the head: every token, but one per sequence for classification."""
     positions = workload.tokens_per_step
@@ -169,6 +189,19 @@ def elementwise_bytes(shape: ModelShape, workload: Workload, *, compiled: bool =
 def has_long_activation(shape: ModelShape) -> bool:
     """Whether the activation is a row of operations in place of one: GELU by tanh, written out."""
     return shape.family == "gpt2"
+
+
+def num_biases(shape: ModelShape) -> int:
+    """Of the products of a block; the gradient of each is a sum over tokens. Of gated blocks those with more
+    vectors than two norms have them at queries, keys and values."""
+    if shape.gated_mlp:
+        return 3 if vector_parameters(shape) > 2 * shape.hidden else 0
+    return len(shape.matrices)
+
+
+def num_tensors(shape: ModelShape) -> int:
+    """Of a block: matrices, biases and two norms, which have biases too where the block is not gated."""
+    return len(shape.matrices) + num_biases(shape) + (2 if shape.gated_mlp else 4)
 
 
 def block_launches(shape: ModelShape) -> int:
@@ -256,12 +289,14 @@ def _training_block(
     fills_in = how.keeps_products and not recomputed  # what lies between products
     captured = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_launches(shape)
     launches = (2 + runs) * (captured if how.captured else block_launches(shape))
+    launches += num_biases(shape) * how.captured
     launches += CHECKPOINT_LAUNCHES if (recomputed or fills_in) and not how.captured else 0
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
     layer = LayerTraffic(
         name="block",
         gpu_forward_flops=forward,
         gpu_backward_flops=2 * forward + again,
+        attention_longer_flops=attention_longer_flops(shape, workload, runs, 1),
         gpu_bytes=(runs + fills_in + BACKWARD_ELEMENTWISE) * elementwise,
     )
     return _started(layer, launches, (2 + runs) * len(shape.matrices), how, workload)
@@ -290,6 +325,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
     block = LayerTraffic(
         name="block",
         gpu_forward_flops=2 * block_forward_flops(shape, workload),
+        attention_longer_flops=attention_longer_flops(shape, workload, 2, 0),
         gpu_bytes=2 * elementwise_bytes(shape, workload),
         products=products * workload.accumulation,
         graph_kernels=kernels * workload.accumulation,

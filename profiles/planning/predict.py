@@ -5,6 +5,8 @@
 
 Rates are the machine's own figures (`profiles.rates`). What no probe measures is a named constant
 below with its source.
+
+Longer than 400 lines: constants stand beside what they time.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from profiles.rates import (
     from_gpu,
     host_copy,
     host_memory_rate,
+    is_hopper,
     link_byte_s,
     link_parts,
     matmul,
@@ -55,8 +58,10 @@ PRODUCT_S = 3.2e-6
 """What a matrix product takes beside its operations at the rate of a large one: the GPU fills and drains, and
 its last row of tiles leaves a part of it idle. Where the profile does not say it; one H200's."""
 
-GRAPH_KERNEL_S = 2.3e-6
-"""Time that a kernel of a CUDA graph takes at least, where the profile does not say it. Estimated."""
+GRAPH_KERNEL_S, KERNEL_WORKS_S = 0.9e-6, 1.4e-6
+"""Time from a kernel of a CUDA graph to the next where neither has work, if the profile does not say it, and
+what filling and draining the GPU adds. The second is estimated: captured steps of 12 to 36 blocks took 0.04
+to 0.09 ms a block longer without it (`tests/studies/prediction_grid_h200`)."""
 
 TRITON_LAUNCH_S, OWN_LAUNCH_SHARE = 30e-6, 0.4
 """Time the CPU needs to start a Triton kernel by Triton's own Python, where the profile does not say it
@@ -108,6 +113,7 @@ class _Rates:
 
     per_flop_s: float
     off_grid_times: float
+    attention_is_slow: bool
     per_product_s: float
     per_kernel_s: float
     per_gpu_byte_s: float
@@ -287,8 +293,10 @@ def _with_launches(
 def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
     """Of the work alone, launches left out."""
     flops = layer.gpu_forward_flops + layer.gpu_backward_flops
+    off_grid = layer.off_grid_flops * (rates.off_grid_times - 1)
+    longer = layer.attention_longer_flops * rates.attention_is_slow
     work = (
-        (flops + layer.off_grid_flops * (rates.off_grid_times - 1)) * rates.per_flop_s
+        (flops + off_grid + longer) * rates.per_flop_s
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
         + layer.products * rates.per_product_s
@@ -318,7 +326,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     product_s = kernel_s = 0.0
     if machine.gpu is not None:
         product_s = _seconds(machine.gpu.product_s, PRODUCT_S, side)
-        kernel_s = _seconds(machine.cpu.graph_launch_s, GRAPH_KERNEL_S, side)
+        kernel_s = KERNEL_WORKS_S + _seconds(machine.cpu.graph_launch_s, GRAPH_KERNEL_S, side)
     if machine.gpu is None:
         efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
         # Copies that stay on the host: each byte of the link is read and written.
@@ -332,6 +340,7 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: matmul(machine, workload), 1 / efficiency),
         off_grid_times=off_grid_times(machine),
+        attention_is_slow=is_hopper(machine),
         per_product_s=product_s,
         per_kernel_s=kernel_s,
         per_gpu_byte_s=memory_byte_s,

@@ -27,7 +27,8 @@ from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
 from profiles.planning.predict import compiling_s, predict
 from profiles.planning.ranks import context_of_a_rank
-from profiles.units import format_seconds
+from profiles.rates import BETWEEN_GPUS, from_gpu
+from profiles.units import format_rate, format_seconds
 
 
 def recommend(
@@ -70,9 +71,7 @@ def recommend(
         )
         context = of_a_rank(gpus=gpus, nodes=nodes)
         plan = plan_engine(context, given, arguments.get(engine, ""))
-        if context.ranks > 1 and plan.fits:
-            plan = replace(plan, reasons=(*plan.reasons, *_scaling(plan, context, of_a_rank(), given)))
-        plans.append(plan)
+        plans.append(with_scaling(plan, context, of_a_rank(), given))
     return sorted(plans, key=rank)
 
 
@@ -174,19 +173,51 @@ def _with_network(prediction: Prediction, cost: Traffic, context: PlanningContex
     return replace(prediction, **times) if more_s else prediction
 
 
+def with_scaling(plan: Plan, context: PlanningContext, one: PlanningContext, given: GivenSettings) -> Plan:
+    """`plan`, made in `context`, with what several GPUs bring; as it is for one GPU or where it does not
+    fit. `one`: the same job on one GPU."""
+    if context.ranks == 1 or not plan.fits:
+        return plan
+    return replace(plan, reasons=(*plan.reasons, *_scaling(plan, context, one, given)))
+
+
 def _scaling(
     plan: Plan, context: PlanningContext, one: PlanningContext, given: GivenSettings
 ) -> tuple[str, ...]:
     """What several GPUs bring, by the plans of one: for the same step, and for a GPU's part of it alone."""
     whole = plan_engine(one, given)
+    found = _supposed_between_gpus(plan, context)
     part = plan_engine(replace(one, workload=context.workload), given)
     step_s, alone_s, part_s = (each.prediction.step_s for each in (plan, whole, part))
-    if not (whole.fits and step_s and alone_s and part_s):
-        return ()
+    if not whole.fits or not alone_s:
+        return found
+    if step_s is None:
+        return (*found, f"on one GPU a step takes {format_seconds(alone_s)}")
+    if alone_s <= step_s:
+        return (
+            *found,
+            f"{context.ranks} GPUs bring nothing here: on one a step takes {format_seconds(alone_s)}",
+        )
+    if not part_s:
+        return found
     return (
+        *found,
         f"on {context.ranks} GPUs a step is {alone_s / step_s:.2f} times as fast as on one "
         f"({format_seconds(alone_s)}): strong scaling {alone_s / step_s / context.ranks:.0%}, weak "
         f"{part_s / step_s:.0%}",
+    )
+
+
+def _supposed_between_gpus(plan: Plan, context: PlanningContext) -> tuple[str, ...]:
+    """That a step which the way between GPUs decides rests on no measurement of it."""
+    if plan.prediction.bottleneck != "gpu to gpu":
+        return ()
+    name, rate = from_gpu(context.cost(plan.settings.typed), context.machine)
+    if name == BETWEEN_GPUS:
+        return ()
+    return (
+        f"GPUs are supposed to reach each other as fast as the link, {format_rate(rate.value)}: 'lspzo-bench "
+        "probe' on that machine measures it",
     )
 
 

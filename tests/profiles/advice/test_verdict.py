@@ -44,7 +44,7 @@ def test_the_first_with_gradients_is_named_with_its_range() -> None:
     assert found.best == "native"
     assert found.first_order == ("native", "torchao-offload")
     assert found.ties == ()
-    assert found.text.startswith("With gradients native comes first with 284 ms a step (")
+    assert found.text.startswith("With gradients native comes first with 286 ms a step (")
 
 
 def test_overlapping_ranges_are_called_a_tie() -> None:

@@ -34,6 +34,7 @@ from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
     GPU_ERROR,
     GRAPH_KERNEL_S,
+    KERNEL_WORKS_S,
     LAUNCH_ERROR,
     LAUNCH_S,
     OWN_LAUNCH_SHARE,
@@ -481,14 +482,16 @@ def test_products_and_kernels_of_graphs_take_the_gpu_time_beside_their_work() ->
         assert found is not None
         return found
 
-    otherwise = 100 * PRODUCT_S + 1000 * GRAPH_KERNEL_S
+    otherwise = 100 * PRODUCT_S + 1000 * (GRAPH_KERNEL_S + KERNEL_WORKS_S)
     assert step_s(many, H200) - step_s(few, H200) == pytest.approx(otherwise)
     probed = replace(
         H200,
         gpu=replace(H200.gpu, product_s=figure(2e-6)),
         cpu=replace(H200.cpu, graph_launch_s=figure(1e-6)),
     )
-    assert step_s(many, probed) - step_s(few, probed) == pytest.approx(100 * 2e-6 + 1000 * 1e-6)
+    assert step_s(many, probed) - step_s(few, probed) == pytest.approx(
+        100 * 2e-6 + 1000 * (1e-6 + KERNEL_WORKS_S)
+    )
 
 
 def test_a_time_is_that_of_the_quickest_sample_and_the_middle_one_is_the_slower_side() -> None:

@@ -151,6 +151,25 @@ def test_plans_of_several_say_how_they_scale() -> None:
     assert {each.engine: each.why_not for each in plans}["lora"] == "runs on one machine"
 
 
+def test_gpus_that_bring_nothing_and_a_way_between_them_that_is_supposed_are_said() -> None:
+    """A rate between GPUs that is that of the link makes dividing native's weights a loss."""
+    workload = replace(WORKLOAD, dtype="bf16", accumulation=4)
+    shape = named_shape("opt-13b")
+    alone, slow, fast = (
+        recommend(machine, shape, workload, ["native"], {}, gpus=gpus)[0]
+        for machine, gpus in ((H200, 1), (H200, 2), (with_gpus_linked(300e9), 2))
+    )
+    assert alone.prediction.step_s is not None
+    assert slow.prediction.step_s is not None
+    assert slow.prediction.step_s > alone.prediction.step_s
+    assert any(
+        reason.startswith("2 GPUs bring nothing here: on one a step takes ") for reason in slow.reasons
+    )
+    assert any("as fast as the link, 55." in reason for reason in slow.reasons)
+    assert not any("as fast as the link" in reason for reason in fast.reasons)
+    assert not any(reason.startswith("2 GPUs bring nothing") for reason in alone.reasons)
+
+
 def test_ranks_divide_the_updates_and_each_brings_down_its_gradient() -> None:
     shape, workload = named_shape("deepseek-coder-1.3b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
     for engine in ("exact-offload", "lsp"):

@@ -1,0 +1,66 @@
+"""What a block of a transformer is counted as, held against transformers' own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engines.costs.table import traffic
+from engines.costs.transformer import attention_longer_flops, num_biases, num_tensors
+from engines.model.blocks import find_blocks
+from engines.settings.parse import parse_settings
+from engines.shapes import ModelShape, Workload
+from harness.models.configs import NAMED_SHAPES, named_shape
+from harness.models.meta import build_on_meta, configuration
+from harness.records.job import ModelSource
+from profiles.planning.predict import predict
+from tests.support.known_shapes import DEEPSEEK_1B, H200, OPT_1B
+
+WORKLOAD = Workload(batch_size=2, seq_len=1024, dtype="bf16")
+SCORES = 4.0 * 1024 * 2048 * 2 * 1024
+"""Operations of attention in one pass through a block of either shape: two sequences, hidden 2,048."""
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama", "tiny-qwen2", "tiny-gpt2", "tiny-roberta"])
+def test_the_tensors_of_a_block_are_those_of_the_model(name: str) -> None:
+    shape = named_shape(name)
+    source = ModelSource(name=name, random_weights=True)
+    config = configuration(NAMED_SHAPES[name].config, source, shape.head, shape.num_labels, False)
+    _, blocks = find_blocks(build_on_meta(config, shape.head))
+    named = dict(blocks[0].named_parameters())
+    matrices = [path for path, tensor in named.items() if tensor.dim() == 2]
+    assert num_tensors(shape) == len(named)
+    assert num_biases(shape) == sum(path.replace("weight", "bias") in named for path in matrices)
+
+
+def causal_share(shape: ModelShape, forwards: float, backwards: float) -> float:
+    return attention_longer_flops(shape, WORKLOAD, forwards, backwards) / SCORES
+
+
+def test_attention_takes_longer_than_products_where_heads_are_narrow() -> None:
+    """By hand: half of the scores of a causal model at 0.4 (with heads of 128, 0.5) of a product's rate, and
+    2.5 times that backward where 2 are counted."""
+    assert causal_share(OPT_1B, 1, 0) == pytest.approx(0.5 / 0.4 - 1)
+    assert causal_share(OPT_1B, 0, 1) == pytest.approx(2.5 * 0.5 / 0.4 - 2)
+    assert causal_share(DEEPSEEK_1B, 1, 0) == pytest.approx(0)
+    assert causal_share(DEEPSEEK_1B, 0, 1) == pytest.approx(0.5)
+
+
+def test_an_encoder_leaves_no_score_out() -> None:
+    encoder = replace(OPT_1B, family="roberta", head="classification")
+    assert causal_share(encoder, 1, 0) == pytest.approx(1 / 0.4 - 1)
+    assert causal_share(encoder, 1, 1) > 4 * causal_share(OPT_1B, 1, 1)
+
+
+def test_that_is_said_of_hopper_gpus_alone() -> None:
+    cost = traffic("native", OPT_1B, WORKLOAD, parse_settings("native", {"checkpointed_blocks": "0"}))
+    plain = replace(cost, layers=tuple(replace(each, attention_longer_flops=0.0) for each in cost.layers))
+    assert H200.gpu is not None
+    hopper = replace(H200, gpu=replace(H200.gpu, compute_capability="9.0"))
+    ampere = replace(H200, gpu=replace(H200.gpu, compute_capability="8.0"))
+    longer, same = ([predict(each, m, WORKLOAD).step_s for each in (cost, plain)] for m in (hopper, ampere))
+    assert longer[0] is not None
+    assert longer[1] is not None
+    assert longer[0] > longer[1]
+    assert same[0] == same[1]
