@@ -29,13 +29,13 @@ class FigureAbsent(Exception):
         super().__init__(f"{name}: {why}")
 
 
-def rate_of(name: str, figure: Figure, side: Bound) -> float:
+def rate_of(name: str, figure: Figure, bound: Bound) -> float:
     """Raises `FigureAbsent` for a figure that is absent or not positive."""
     if figure.value is None or figure.value <= 0:
         raise FigureAbsent(f"{name} is not in the machine profile", figure.method)
-    if side == "low" and figure.low is not None and figure.low > 0:
+    if bound == "low" and figure.low is not None and figure.low > 0:
         return min(figure.low, figure.value)
-    if side == "high" and figure.high is not None:
+    if bound == "high" and figure.high is not None:
         return max(figure.high, figure.value)
     return figure.value
 
@@ -158,11 +158,13 @@ def _sustained(product: Figure, gpu: Gpu) -> Figure:
     return product.scaled(sustained / burst)
 
 
-def link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, side: Bound) -> float:
+def link_byte_s(machine: Machine, traffic: Traffic, direction: Direction, bound: Bound) -> float:
     """Seconds per byte of one direction, its two parts taken together."""
     parts = link_parts(machine, traffic, direction)
     moved = sum(count for count, _, _ in parts)
-    return sum(count / rate_of(name, figure, side) for count, name, figure in parts) / moved if moved else 0.0
+    return (
+        sum(count / rate_of(name, figure, bound) for count, name, figure in parts) / moved if moved else 0.0
+    )
 
 
 def link_parts(machine: Machine, traffic: Traffic, direction: Direction) -> list[tuple[int, str, Figure]]:

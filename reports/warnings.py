@@ -42,6 +42,7 @@ def warnings(
         _about_memory_saved(all_),
         _about_the_card(runs),
         _about_disturbed(all_),
+        _about_held_clocks(runs),
         _about_predictions(all_),
         _about_traces(runs),
         _about_machine(runs, all_.machine),
@@ -185,6 +186,14 @@ def _about_disturbed(all_: Measurements) -> str | None:
     if not items:
         return None
     return say("warning.disturbed", factor=DISTURBED_FACTOR, items=", ".join(items))
+
+
+def _about_held_clocks(runs: Sequence[Run]) -> str | None:
+    held = [run for run in runs if run.disturbance is not None]
+    items = dict.fromkeys(f"{run.engine}: {translated(run.disturbance or '')}" for run in held)
+    if not items:
+        return None
+    return say("warning.held", count=len(held), total=len(runs), items="; ".join(items))
 
 
 def _about_predictions(all_: Measurements) -> str | None:

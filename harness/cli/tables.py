@@ -184,6 +184,8 @@ def _run_notes(run: Run) -> Iterator[str]:
     if (approximate := approximation(run.plan.settings)) is not None:
         yield approximate
     yield from run.notes or ()
+    if run.disturbance is not None:
+        yield f"disturbed: {run.disturbance}"
     if run.summary.compile_s is not None and run.summary.compile_s >= COMPILING_MATTERS_S:
         yield f"compiled for {format_seconds(run.summary.compile_s)}, in its first steps"
     rare_s, predicted = rare_step_s(run), run.predicted

@@ -281,6 +281,9 @@ class Run:
     notes: tuple[str, ...] | None = None
     """What of the settings the engine could not have, such as compiled blocks, and why, a sentence each;
     `None`: the record is of before they were kept, or its run never began."""
+    disturbance: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """What held the GPU back while it ran, in a sentence; `None`: nothing that NVML knows of, or the record
+    is of before it was asked."""
     governance: Governance | None = None
     """Where its files lay and what could leave the machine; `None`: its record is of before this was kept."""
     ranks: Annotated[tuple[Summary, ...], Field(exclude_if=lambda value: not value)] = ()

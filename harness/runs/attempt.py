@@ -238,6 +238,7 @@ def record_of(request: Request, round_: int, began: str, environment: Environmen
         trace_file=outcome.trace_file,
         emulation=_emulation(request, outcome),
         notes=outcome.notes,
+        disturbance=outcome.disturbance,
         ranks=outcome.ranks,
     )
     if request.generation is None:

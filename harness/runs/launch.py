@@ -90,6 +90,8 @@ class Outcome:
     peaks those of the largest GPU and of the machine."""
     notes: tuple[str, ...] | None = None
     """What of the settings the engine could not have; `None`: the child did not say."""
+    disturbance: str | None = None
+    """What held the GPU back while it ran; `None`: nothing that NVML knows of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +232,7 @@ def _run_child(
         contacted=tuple(dict.fromkeys(host for each in recordings for host in each.contacted)),
         ranks=tuple(summaries) if ranks else (),
         notes=None if first is None else first.notes,
+        disturbance=sampler.clocks.disturbance,
     )
 
 

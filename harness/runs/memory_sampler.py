@@ -1,4 +1,5 @@
-"""Memory of a run as it is seen from outside its process: peaks, what is left, and kills for want of it."""
+"""A run as it is seen from outside its process: peaks of memory, what is left, kills for want of it, and
+clocks of its GPUs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from profiles.system.cgroup import host_memory
+from profiles.system.held_clock import ClockWatch
 from profiles.system.nvml import NvmlDevice
 
 CHANGE_BYTES = 16 << 20
@@ -31,6 +33,7 @@ class MemorySampler:
     def __init__(self, pids: Sequence[int], devices: Sequence[NvmlDevice]) -> None:
         self._roots = [psutil.Process(pid) for pid in pids]
         self._devices = devices
+        self.clocks = ClockWatch(devices)
         self.family: dict[int, psutil.Process] = {}
         """Every descendant seen, by process id."""
         self._helpers: tuple[frozenset[tuple[int, int]], int] = (frozenset(), 0)
@@ -60,6 +63,7 @@ class MemorySampler:
             used_bytes = device.used_bytes()
             if used_bytes is not None:
                 self.peak_gpu_bytes = max(self.peak_gpu_bytes or 0, used_bytes)
+        self.clocks.take()
         return host_bytes
 
     def _helpers_bytes(self) -> int:

@@ -32,7 +32,7 @@ ALLOCATOR_BYTES = 80_000_000
 share, and places that are cut in pieces, whatever the model's size."""
 
 FREE_SHARE = 0.10
-"""Share of the GPU that zo2's resident blocks leave free where the user has named no limit."""
+"""Of the GPU, what plans leave free of their own accord: what is free now may be taken later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +54,14 @@ class Budget:
     """What torch reserves for each workspace of products."""
     has_triton: bool = True
     """Its kernels run there."""
+
+    @property
+    def fillable_gpu_bytes(self) -> int | None:
+        """Up to which a plan fills the GPU with what it could do without, such as blocks that stay there: all
+        of a limit that the user named, else with `FREE_SHARE` to spare. `None`: there is no GPU."""
+        if self.gpu_bytes is None or self.gpu_named:
+            return self.gpu_bytes
+        return int((1 - FREE_SHARE) * self.gpu_bytes)
 
 
 def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:

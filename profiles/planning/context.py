@@ -17,6 +17,14 @@ from engines.settings.given import GivenSettings, Value
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import Budget, shortages, why_missing
+from profiles.planning.plan import Prediction
+from profiles.planning.predict import predict, resource_s
+
+AS_FAST = 1.01
+"""A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
+
+BESIDE_GPU = ("h2d", "d2h", "cpu", "host memory", "disk")
+"""Resources that are to hide behind the GPU."""
 
 GIGABIT_BYTES_PER_S = 125e6
 """What every network between workstations does at least."""
@@ -75,6 +83,18 @@ class PlanningContext:
     def cost_of_one_process(self, settings: Any) -> Traffic:
         """Likewise, if it had all to itself that the ranks of a machine have together."""
         return _cost(self.engine, self.shape, self.workload, settings)
+
+    def predict(self, settings: Any) -> Prediction:
+        """Of a step with these typed settings."""
+        return predict(self.cost(settings), self.machine, self.workload)
+
+    def step_s(self, settings: Any) -> float | None:
+        """Predicted seconds of such a step; `None`: the profile lacks a figure for it."""
+        return self.predict(settings).step_s
+
+    def resource_s(self, settings: Any) -> dict[str, float] | None:
+        """Seconds that each resource is busy in it; `None` likewise."""
+        return resource_s(self.cost(settings), self.machine, self.workload)
 
     def why_missing(self, settings: Any) -> str | None:
         """Why a step with these typed settings does not fit into memory; `None`: it fits."""

@@ -10,7 +10,7 @@ from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import Base, Zo2Settings, check_blocks
 from engines.shapes import ModelShape
 from profiles.machine import Machine
-from profiles.planning.budget import FREE_SHARE, Budget, gpu_bytes_needed, num_on_disk, why_missing
+from profiles.planning.budget import Budget, gpu_bytes_needed, num_on_disk, why_missing
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict
 
@@ -43,8 +43,8 @@ def _placed(
     settings = given
     if isinstance(given.typed, Zo2Settings):
         typed: Zo2Settings = given.typed
-        if "resident_blocks" not in given and budget.gpu_bytes is not None:
-            usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
+        usable = budget.fillable_gpu_bytes
+        if "resident_blocks" not in given and usable is not None:
             resident = next(
                 (
                     count

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from profiles.planning.context import PlanningContext
-from profiles.planning.predict import predict
 from profiles.units import format_seconds
 
 CPU_BOUND = frozenset({"cpu", "host memory"})
@@ -23,12 +22,11 @@ def faster_moments(context: PlanningContext, settings: Any, kinds: Sequence[str]
     `None`: it waits for something else, or `settings` have moments that are approximate already."""
     if settings.moments != "fp32" or context.machine.gpu is None:
         return None
-    now = predict(context.cost(settings), context.machine, context.workload)
+    now = context.predict(settings)
     if now.step_s is None or now.bottleneck not in CPU_BOUND:
         return None
     for kind in kinds:
-        cost = context.cost(replace(settings, moments=kind))
-        step_s = predict(cost, context.machine, context.workload).step_s
+        step_s = context.step_s(replace(settings, moments=kind))
         if step_s is not None and step_s <= WORTH_SAYING * now.step_s:
             return (
                 f"not chosen unless set: moments={kind}, which is approximate, would make it "

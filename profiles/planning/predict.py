@@ -106,6 +106,10 @@ COMPILE_S, COMPILE_LOW_S, COMPILE_HIGH_S = 10.0, 5.0, 60.0
 host with blocks of one kind (engines/EXPERIMENTS.md), up to a minute with several forms; records have
 `compile_s`."""
 
+_BOUNDS: tuple[Bound, ...] = ("low", "value", "high")
+_OPPOSITE: dict[Bound, Bound] = {"low": "high", "value": "value", "high": "low"}
+_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rates:
@@ -142,8 +146,8 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
     bottleneck = None
     try:
         times = {
-            side: _with_pause(_layer_times(traffic, machine, workload, side), traffic, machine, side)
-            for side in _SIDES
+            bound: _with_pause(_layer_times(traffic, machine, workload, bound), traffic, machine, bound)
+            for bound in _BOUNDS
         }
     except FigureAbsent as error:
         basis = f"No step time: {error}."
@@ -217,35 +221,31 @@ def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
     return name if others[name] > 0 else None
 
 
-_SIDES: tuple[Bound, ...] = ("low", "value", "high")
-_OTHER: dict[Bound, Bound] = {"low": "high", "value": "value", "high": "low"}
-_DIRECTIONS: tuple[Direction, ...] = ("h2d", "d2h")
-
-
-def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> list[LayerTimes]:
+def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> list[LayerTimes]:
     """Raises `FigureAbsent`."""
-    rates = _rates(traffic, machine, workload, side)
+    rates = _rates(traffic, machine, workload, bound)
     times = [_times(layer, rates) for layer in traffic.layers]
-    launches = _launches_s(traffic, machine, side)
+    launches = _launches_s(traffic, machine, bound)
     return _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
 
 
-def _with_pause(times: list[LayerTimes], traffic: Traffic, machine: Machine, side: Bound) -> list[LayerTimes]:
+def _with_pause(
+    times: list[LayerTimes], traffic: Traffic, machine: Machine, bound: Bound
+) -> list[LayerTimes]:
     """With what a GPU that computes waits between two steps, as the first layer's."""
     if machine.gpu is None or traffic.gpu_flops == 0:
         return times
     first, *rest = times
-    pause_s = STEP_LAUNCHES * _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, side)
+    pause_s = STEP_LAUNCHES * _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, bound)
     return [replace(first, gpu_s=first.gpu_s + pause_s), *rest]
 
 
-def _launches_s(traffic: Traffic, machine: Machine, side: Bound) -> list[float]:
+def _launches_s(traffic: Traffic, machine: Machine, bound: Bound) -> list[float]:
     """Seconds that starting each layer's work takes the CPU."""
-
     cpu = machine.cpu
 
     def each_s(figure: Figure, otherwise_s: float) -> float:
-        return _seconds(_undisturbed(figure), otherwise_s, side)
+        return _seconds(_undisturbed(figure), otherwise_s, bound)
 
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
         eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
@@ -261,9 +261,9 @@ def _undisturbed(figure: Figure) -> Figure:
     return figure if figure.low is None else replace(figure, value=figure.low, high=figure.value)
 
 
-def _seconds(figure: Figure, otherwise_s: float, side: Bound) -> float:
-    """A time and no rate: the low side of a rate is the high one of a time."""
-    return otherwise_s if not figure.value else rate_of("time of an operation", figure, _OTHER[side])
+def _seconds(figure: Figure, otherwise_s: float, bound: Bound) -> float:
+    """A time and no rate: the low bound of a rate is the high one of a time."""
+    return otherwise_s if not figure.value else rate_of("time of an operation", figure, _OPPOSITE[bound])
 
 
 def _with_launches(
@@ -316,17 +316,17 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
     )
 
 
-def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) -> _Rates:
+def _rates(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> _Rates:
     def per(amount: float, figure: Callable[[], tuple[str, Figure]], factor: float = 1.0) -> float:
-        return factor / rate_of(*figure(), side) if amount > 0 else 0.0
+        return factor / rate_of(*figure(), bound) if amount > 0 else 0.0
 
     host_byte_s = per(traffic.host_bytes, lambda: host_memory_rate(machine))
     gaussians = sum(layer.gaussians for layer in traffic.layers)
     memory_byte_s = per(traffic.gpu_bytes + gaussians, lambda: memory_copy(machine))
     product_s = kernel_s = 0.0
     if machine.gpu is not None:
-        product_s = _seconds(machine.gpu.product_s, PRODUCT_S, side)
-        kernel_s = KERNEL_WORKS_S + _seconds(machine.cpu.graph_launch_s, GRAPH_KERNEL_S, side)
+        product_s = _seconds(machine.gpu.product_s, PRODUCT_S, bound)
+        kernel_s = KERNEL_WORKS_S + _seconds(machine.cpu.graph_launch_s, GRAPH_KERNEL_S, bound)
     if machine.gpu is None:
         efficiency, gaussian_s = CPU_MATMUL_EFFICIENCY, CPU_GAUSSIAN_S
         # Copies that stay on the host: each byte of the link is read and written.
@@ -334,8 +334,8 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, side: Bound) 
     else:
         # A large product's rate under lasting load; what small ones lose is counted by product.
         efficiency, gaussian_s = 1.0, GAUSSIAN_BYTES * memory_byte_s
-        up = link_byte_s(machine, traffic, "h2d", side)
-        down = link_byte_s(machine, traffic, "d2h", side)
+        up = link_byte_s(machine, traffic, "h2d", bound)
+        down = link_byte_s(machine, traffic, "d2h", bound)
     adam_factor = cpu_adam(machine, traffic)[1]
     return _Rates(
         per_flop_s=per(traffic.gpu_flops, lambda: matmul(machine, workload), 1 / efficiency),

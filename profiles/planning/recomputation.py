@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engines.settings.given import GivenSettings
-from profiles.planning.budget import FREE_SHARE, why_missing
+from profiles.planning.budget import why_missing
 from profiles.planning.context import Choice, PlanningContext
 
 LOSS_TOKENS = 1024
@@ -67,6 +67,6 @@ def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bo
     """With room to spare where the user has named no limit, unless there is nothing left to recompute."""
     settings: Any = given.completed(checkpointed_blocks=recomputed).typed
     budget = context.budget
-    if budget.gpu_bytes is not None and not budget.gpu_named and recomputed < context.shape.num_blocks:
-        budget = replace(budget, gpu_bytes=int((1 - FREE_SHARE) * budget.gpu_bytes))
+    if recomputed < context.shape.num_blocks:
+        budget = replace(budget, gpu_bytes=budget.fillable_gpu_bytes)
     return why_missing(context.cost(settings), budget) is None

@@ -21,6 +21,7 @@ from math import isqrt
 from engines.costs.traffic import Traffic
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
+from profiles.planning.context import BESIDE_GPU
 from profiles.planning.predict import resource_s
 from profiles.units import format_seconds
 
@@ -31,9 +32,6 @@ whole time. Without it d of 0.6 n was planned for DeepSeek-Coder 6.7B, and the s
 
 STREAMED_SHARE = 1.1
 """Where weights are streamed, what is to hide may take this share of what they take anyway."""
-
-COMPETING = ("h2d", "d2h", "cpu", "host memory")
-"""Resources that are to hide."""
 
 STEPS = (64, 8, 1)
 SHARES = 64
@@ -64,7 +62,7 @@ class SubspaceSizes:
 
 def hides(times: Mapping[str, float], gpu_s: float, streamed_s: float = 0.0) -> bool:
     """Whether no resource takes more of `times` than the GPU's time hides, or streaming the weights does."""
-    slowest_s = max(times[name] for name in COMPETING)
+    slowest_s = max(times[name] for name in BESIDE_GPU)
     return slowest_s <= max(HIDING_SHARE * gpu_s, STREAMED_SHARE * streamed_s)
 
 
@@ -99,7 +97,7 @@ def largest_hidden(
             return replace(
                 _smallest(sides), reason="the machine profile lacks figures, so the smallest are safe"
             )
-        slowest = max(COMPETING, key=times.__getitem__)
+        slowest = max(BESIDE_GPU, key=times.__getitem__)
         # Only the last micro-batch has anything to update, so only its compute can hide that.
         gpu_s = times["gpu"] / (1 if block_major else workload.accumulation)
         if hides(times, gpu_s, 0.0 if least is None else max(least["h2d"], least["d2h"])):

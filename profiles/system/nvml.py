@@ -38,6 +38,20 @@ THROTTLES = {
 """Bits of NVML's clock event reasons that hold clocks down under load."""
 
 
+IDLE = 0x1
+"""The bit of a GPU that has nothing to do, whose clock is low for that."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClockState:
+    """A GPU's clock now."""
+
+    sm_clock_hz: float
+    is_idle: bool
+    held_by: tuple[str, ...]
+    """What holds it down, by the names of `THROTTLES`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceSettings:
     """What does not change while a probe runs."""
@@ -114,7 +128,7 @@ class NvmlDevice:
         ecc, mig = (self._device(f"nvmlDeviceGet{name}Mode") for name in ("Ecc", "Mig"))
         return DeviceSettings(
             bus_id=None if pci is None else _text(pci.busId),
-            sm_clock_max_hz=self._clock_hz("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM"),
+            sm_clock_max_hz=self.highest_clock_hz(),
             # Both answer with the present and the pending mode.
             ecc_enabled=None if ecc is None else bool(ecc[0]),
             mig_enabled=None if mig is None else bool(mig[0]),
@@ -126,19 +140,35 @@ class NvmlDevice:
         Other processes are counted on the assumption that this one has a CUDA context and is in the list:
         in a container no process id tells them apart.
         """
-        reasons = self._device(
-            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
-        )
+        reasons = self._reasons()
         processes = self._processes()
         return GpuReading(
             what=what,
             sm_clock_hz=self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM"),
-            throttled=tuple(name for bit, name in THROTTLES.items() if (reasons or 0) & bit),
+            throttled=_held_by(reasons or 0),
             other_processes=None if processes is None else max(0, len(processes) - 1),
         )
 
+    def clock(self) -> ClockState | None:
+        """Two calls, where `reading` asks for processes too; `None` where clock or reasons are not told."""
+        reasons, clock_hz = self._reasons(), self._clock_hz("nvmlDeviceGetClockInfo", "NVML_CLOCK_SM")
+        if reasons is None or clock_hz is None:
+            return None
+        return ClockState(
+            sm_clock_hz=clock_hz, is_idle=bool(int(reasons) & IDLE), held_by=_held_by(int(reasons))
+        )
+
+    def highest_clock_hz(self) -> float | None:
+        """That the card may run at."""
+        return self._clock_hz("nvmlDeviceGetMaxClockInfo", "NVML_CLOCK_SM")
+
+    def _reasons(self) -> Any:
+        return self._device(
+            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"
+        )
+
     def _clock_hz(self, name: str, domain: str) -> float | None:
-        megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain)))
+        megahertz = self._call(name, arguments=(self._handle, getattr(self._library, domain, None)))
         return None if megahertz is None else megahertz * 1e6
 
     def _processes(self) -> set[int] | None:
@@ -253,6 +283,10 @@ def _handle_by_uuid(library: Any, uuid: str) -> Any | None:
         if (_text(library.nvmlDeviceGetUUID(handle)) or "").startswith(names[0]):
             return handle
     return None
+
+
+def _held_by(reasons: int) -> tuple[str, ...]:
+    return tuple(name for bit, name in THROTTLES.items() if reasons & bit)
 
 
 def _text(value: Any) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from harness.records.run import Run
+from profiles.language import speaking
 from profiles.machine import Machine
 from reports.criteria import Criteria, default_criteria
 from reports.metrics import group
@@ -107,6 +108,18 @@ def test_runs_that_were_disturbed_are_said() -> None:
     assert "more than a factor of 1.5 in their medians" in warnings_of(runs, ASKED)
     assert "took their time: zo2 1.00 to 1.60 s." in warnings_of(runs, ASKED)
     assert "their medians" not in warnings_of([runs[0], make_run(round=2, step_s=scaled(1.5))], ASKED)
+
+
+def test_a_clock_that_was_held_is_said_in_both_languages() -> None:
+    why = "the GPU's clock was held at 0.93 of 1.98 GHz in 80% of the time that it worked, by heat"
+    runs = [replace(make_run(round=1), disturbance=why), make_run(round=2)]
+    assert (
+        f"1 of 2 runs were disturbed, and their times say more of that than of the method: zo2: {why}."
+        in (warnings_of(runs, ASKED))
+    )
+    assert "were disturbed" not in warnings_of(runs[1:], ASKED)
+    with speaking("ja"):
+        assert "1.98 GHz 中 0.93 GHz に抑えられた。原因は発熱" in warnings_of(runs, ASKED)
 
 
 def test_a_step_outside_its_predicted_range_is_said() -> None:

@@ -17,6 +17,8 @@ With `--edges-at-once 4` the edges come first, four at a time, each held to its 
 asked is whether memory is enough, and their times say nothing then (they are left out of the table). `--skip`
 passes over cells that are not edges and have a record in FOLDER.
 
+Where the card's clock was held low while a cell ran, the table says so and leaves its time out.
+
 A cell with `edge = 1.0` runs with the smallest --vram that the planner calls enough; one with `edge = 0.95`
 runs, against the plan, with that much of it, and the same settings.
 """
@@ -285,6 +287,7 @@ class Server:
             by_user=False,
             limits=_applied(folder / "events"),
             notes=result.notes,
+            disturbance=sampler.clocks.disturbance,
         )
 
     def _started(self) -> subprocess.Popen[str]:
@@ -432,6 +435,8 @@ class Row:
     name: str
     engine: str
     end_state: str
+    disturbance: str | None
+    """What held the GPU back: its time says nothing then, and is left out."""
     fits: bool
     """As the plan of its time called it."""
     step: float | None
@@ -459,7 +464,7 @@ def row_of(record: Run, machine: Machine) -> Row:
     def over(predicted: float | None, taken: float | None) -> float | None:
         return predicted / taken if predicted and taken and record.end_state == "ok" else None
 
-    alone = BESIDE_OTHERS not in record.environment.notes
+    alone = BESIDE_OTHERS not in record.environment.notes and record.disturbance is None
     inside = None
     if alone and took_s and now.step_s_low is not None and now.step_s_high is not None:
         inside = now.step_s_low <= took_s <= now.step_s_high
@@ -467,6 +472,7 @@ def row_of(record: Run, machine: Machine) -> Row:
         name=record.id,
         engine=record.engine,
         end_state=record.end_state,
+        disturbance=record.disturbance,
         fits=record.plan.fits,
         step=over(now.step_s, took_s if alone else None),
         inside=inside,
@@ -548,6 +554,7 @@ def text_of(rows: Sequence[Row]) -> str:
         f"Called unfit and ran: {len(ran)} of {len(unfit)} {', '.join(ran)}".rstrip(),
         f"Steps inside the predicted range: {sum(inside)} of {len(inside)}",
     ]
+    lines += [f"Disturbed: {row.name}: {row.disturbance}" for row in rows if row.disturbance is not None]
     return "\n".join(lines)
 
 
@@ -559,8 +566,9 @@ def line_of(record: Run) -> str:
         first, second = ("-" if each is None else f"{each / scale:.3g}" for each in (predicted, taken))
         return f"{first} / {second} {unit}"
 
+    why = record.end_reason or record.disturbance or ""
     return (
-        f"{record.id}: {record.end_state} {record.end_reason or ''} predicted / measured: "
+        f"{record.id}: {record.end_state} {why} predicted / measured: "
         f"step {against(told.step_s, seen.step_s_median, 1e-3, 'ms')}, "
         f"reserved {against(told.reserved_gpu_bytes, seen.peak_gpu_reserved_bytes, 1e9, 'GB')}, "
         f"allocated {against(told.peak_gpu_bytes, seen.peak_gpu_allocated_bytes, 1e9, 'GB')}, "

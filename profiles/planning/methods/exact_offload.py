@@ -12,21 +12,14 @@ from engines.costs.exact_offload import gradient_places, state_bytes
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
-from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed
-from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.budget import gpu_bytes_needed
+from profiles.planning.context import AS_FAST, BESIDE_GPU, Choice, PlanningContext, SettingChange
 from profiles.planning.moments import faster_moments
-from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
 
-AS_FAST = 1.01
-"""A step within this factor of the fastest counts as equally fast."""
-
 NO_SLOWER = 1.001
-"""Within this one it is not worth a block's activations. Of 32 blocks one that runs again takes 0.008 of a
-step that the GPU decides."""
-
-COMPETING = ("h2d", "d2h", "cpu", "host memory", "disk")
-"""Resources that are to hide behind the GPU."""
+"""A step within this factor of the fastest is not worth a block's activations. Of 32 blocks one that runs
+again takes 0.008 of a step that the GPU decides."""
 
 NEAR_FASTEST = 1.02
 """Streamed blocks have room on the GPU until a step is this near to what all that fit would make it: each
@@ -128,10 +121,10 @@ def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings
     `None`: there is no GPU, or the profile lacks a figure."""
     if context.machine.gpu is None:
         return None
-    times = resource_s(context.cost(settings), context.machine, context.workload)
+    times = context.resource_s(settings)
     if times is None or not times["gpu"]:
         return None
-    slowest_s = max(times[name] for name in COMPETING)
+    slowest_s = max(times[name] for name in BESIDE_GPU)
     window = 1.0
     if settings.waits_for_norm:  # the next forward pass alone
         window = 1 / 3
@@ -187,7 +180,7 @@ def _fitting(
 
 def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) -> ExactOffloadSettings:
     """The first that is as fast as any, by prediction."""
-    times = [predict(context.cost(each), context.machine, context.workload).step_s or 0.0 for each in fitting]
+    times = [context.step_s(each) or 0.0 for each in fitting]
     return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times))
 
 
@@ -238,15 +231,14 @@ def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings)
     """Blocks to run again in the backward pass, and the step's seconds: the most with which a step is as fast
     as with the fewest that fit, since the memory of those that keep activations may as well stay free where
     the CPU decides. Without a limit that the user has named a tenth of the GPU stays free."""
-    budget, blocks = context.budget, context.shape.num_blocks
-    if budget.gpu_bytes is None:
+    blocks, usable = context.shape.num_blocks, context.budget.fillable_gpu_bytes
+    if usable is None:
         return blocks, math.inf
-    usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
     times: dict[int, float] = {}
     for count in range(blocks + 1):
-        cost = context.cost(replace(settings, checkpointed_blocks=count))
-        step_s = predict(cost, context.machine, context.workload).step_s
-        if step_s is not None and gpu_bytes_needed(cost, budget) <= usable:
+        with_count = replace(settings, checkpointed_blocks=count)
+        step_s = context.step_s(with_count)
+        if step_s is not None and gpu_bytes_needed(context.cost(with_count), context.budget) <= usable:
             times[count] = step_s
     if not times:
         return blocks, math.inf
@@ -292,10 +284,10 @@ def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[
 
 def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str | None:
     tokens, crossover = context.workload.tokens_per_step, hidden_above_tokens(context, settings)
-    times = resource_s(context.cost(settings), context.machine, context.workload)
+    times = context.resource_s(settings)
     if crossover is None or times is None:
         return None
-    slowest = max(COMPETING, key=times.__getitem__)
+    slowest = max(BESIDE_GPU, key=times.__getitem__)
     return (
         f"the slowest beside the GPU, {slowest} ({format_seconds(times[slowest])}), hides behind it from "
         f"{crossover:,.0f} tokens per step on; this job has {tokens:,}"

@@ -13,12 +13,11 @@ from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, why_missing
-from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.context import BESIDE_GPU, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
 from profiles.planning.moments import faster_moments
-from profiles.planning.predict import resource_s
 from profiles.planning.recomputation import fewest_recomputed
-from profiles.planning.subspace_sizes import COMPETING, hides, largest_hidden, lsp_ladder
+from profiles.planning.subspace_sizes import hides, largest_hidden, lsp_ladder
 from profiles.units import format_seconds
 
 WAYS_OUT = (
@@ -144,10 +143,10 @@ class _Planner:
             )
         for d in reversed(fitting):
             settings = self._of_size(d)
-            times = resource_s(context.cost(settings), context.machine, context.workload)
+            times = context.resource_s(settings)
             if times is None:
                 return smallest, f"d={smallest}: the machine profile lacks figures, so the smallest is safe"
-            slowest = max(COMPETING, key=times.__getitem__)
+            slowest = max(BESIDE_GPU, key=times.__getitem__)
             # Only the last micro-batch has anything to update, so only its compute can hide that.
             micro_batches = 1 if settings.block_major else context.workload.accumulation
             gpu_s = times["gpu"] / micro_batches
@@ -183,7 +182,7 @@ class _Planner:
     def _streamed_s(self, smallest: int) -> float:
         """Seconds that streaming the weights takes with the `smallest` cores; 0 where they stay."""
         context, settings = self.context, self._of_size(smallest)
-        times = resource_s(context.cost(settings), context.machine, context.workload)
+        times = context.resource_s(settings)
         return max(times["h2d"], times["d2h"]) if settings.streams and times is not None else 0.0
 
     def _of_size(self, d: int) -> LspSettings:

@@ -1,8 +1,7 @@
 """Settings of ZO2: which blocks stay on the GPU, which lie on disk, how often the others go down. No torch.
 
-Closed forms throughout: `profiles.planning.predict`.
-
-Longer than 400 lines: what is chosen depends on what else is, and all of it is one forecast.
+Closed forms throughout: `profiles.planning.predict`. What is chosen depends on what else is, and all of it is
+one forecast.
 """
 
 from __future__ import annotations
@@ -15,16 +14,11 @@ from engines.costs.traffic import Traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings.given import GivenSettings, Value
 from engines.settings.zeroth_order import MOST_DEFERRED, MOST_QUERIES, Zo2Settings
-from engines.shapes import Workload
 from profiles.machine import Machine
-from profiles.planning.budget import FREE_SHARE, gpu_bytes_needed, num_on_disk, why_missing
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.budget import gpu_bytes_needed, num_on_disk, why_missing
+from profiles.planning.context import AS_FAST, Choice, PlanningContext
 from profiles.planning.fold_every import fold_for_loss, warning_on_given
-from profiles.planning.predict import predict, resource_s
 from profiles.units import format_bytes, format_seconds
-
-AS_FAST = 1.01
-"""A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
 
 SHARDED_FASTER = 0.95
 """A step within this factor of that with whole blocks on every link is worth an exchange between GPUs."""
@@ -34,9 +28,6 @@ OWN_LINK_TIMES = 1.5
 
 FOLDS = (1, 2, 4, 8, 16)
 """What `fold_every` is chosen from."""
-
-FOLD_AS_FAST = 1.01
-"""A step within this factor of the fastest `fold_every` counts as equally fast."""
 
 QUERIED = ("spsa", "1.5-spsa")
 """Estimators whose every query is a direction of its own, as good as any other."""
@@ -66,9 +57,9 @@ class _Times:
     """Of the slowest thing that copies need."""
 
     @staticmethod
-    def of(cost: Traffic, machine: Machine, workload: Workload) -> _Times | None:
+    def of(context: PlanningContext, settings: Zo2Settings) -> _Times | None:
         """`None` if the profile lacks a figure."""
-        step_s, busy = predict(cost, machine, workload).step_s, resource_s(cost, machine, workload)
+        step_s, busy = context.step_s(settings), context.resource_s(settings)
         if step_s is None or busy is None:
             return None
         link_s = max(busy["h2d"], busy["d2h"], busy["host memory"], busy["gpu to gpu"])
@@ -83,10 +74,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if "base" in given or context.machine.gpu is None or context.workload.dtype != "bf16":
         return plain
     fewer = _choose_for_base(context, given.completed(base="lossless"))
-    before, after = (
-        predict(context.cost(each.settings.typed), context.machine, context.workload).step_s
-        for each in (plain, fewer)
-    )
+    before, after = (context.step_s(each.settings.typed) for each in (plain, fewer))
     if before is None or after is None or after > LOSSLESS_FASTER * before:
         return plain
     if context.why_missing(fewer.settings.typed) is not None:
@@ -97,7 +85,8 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
 
 
 def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:
-    placed = _with_other_noise(context, given, _choose_place(context, given))
+    """All but the base; and what more queries, or another kind of noise, would bring."""
+    placed = _with_other_noise(context, given, _choose_upload(context, given))
     if "queries" in given or given.typed.estimator not in QUERIED or context.machine.gpu is None:
         return placed
     most, one_s, most_s = most_queries(context, given, placed.settings.typed)
@@ -109,7 +98,7 @@ def _choose_for_base(context: PlanningContext, given: GivenSettings) -> Choice:
             f"{format_seconds(one_s)}, as the link decides"
         )
         return Choice(placed.settings, (*placed.reasons, why))
-    more = _choose_place(context, given.completed(queries=most))
+    more = _choose_upload(context, given.completed(queries=most))
     why = (
         f"queries={most}: as many as hide behind the link, {format_seconds(most_s)} a step; with one "
         f"{format_seconds(one_s)}"
@@ -125,10 +114,7 @@ def _with_other_noise(context: PlanningContext, given: GivenSettings, placed: Ch
         return placed
     if not settings.trains_quantized:
         return placed
-    normals_s, near_s = (
-        predict(context.cost(each), context.machine, context.workload).step_s
-        for each in (settings, replace(settings, noise="binomial"))
-    )
+    normals_s, near_s = (context.step_s(each) for each in (settings, replace(settings, noise="binomial")))
     if normals_s is None or near_s is None or near_s > NOISE_FASTER * normals_s:
         return placed
     why = (
@@ -158,8 +144,7 @@ def most_queries(
             return None
         planner = _Planner(context=context, given=given)
         fold_every = settings.fold_every if "fold_every" in given else planner.fold_every(changed)[0]
-        cost = context.cost(replace(changed, fold_every=fold_every))
-        return predict(cost, context.machine, context.workload).step_s
+        return context.step_s(replace(changed, fold_every=fold_every))
 
     one_s = most_s = step_s(1)
     most = 1
@@ -171,28 +156,26 @@ def most_queries(
     return most, one_s or 0.0, most_s or 0.0
 
 
-def _choose_place(context: PlanningContext, given: GivenSettings) -> Choice:
-    """All but the queries."""
-    whole = _choose(context, given)
+def _choose_upload(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Whether each GPU brings up whole blocks or shares, and what suits that; all but base, noise and
+    queries."""
+    whole = _choose_blocks(context, given)
     if context.local_ranks == 1 or context.machine.gpu is None or "sharded_upload" in given:
         return whole
     if not (whole.settings.typed.may_shard_upload and context.cost(whole.settings.typed).h2d_bytes):
         return whole
-    sharded = _choose(context, given.completed(sharded_upload=True))
-    before, after = (
-        predict(context.cost(each.settings.typed), context.machine, context.workload)
-        for each in (whole, sharded)
-    )
-    if context.why_missing(sharded.settings.typed) is not None or before.step_s is None:
+    sharded = _choose_blocks(context, given.completed(sharded_upload=True))
+    before_s, after_s = (context.step_s(each.settings.typed) for each in (whole, sharded))
+    if context.why_missing(sharded.settings.typed) is not None or before_s is None:
         return whole
-    if after.step_s is None:
+    if after_s is None:
         why = "sharded_upload=false: the machine profile has no rate between GPUs"
         return Choice(whole.settings, (*whole.reasons, why))
     if not _gpus_have_own_links(context.machine):
         why = "sharded_upload=false: the GPUs have no fast link of their own between them, such as NVLink"
         return Choice(whole.settings, (*whole.reasons, why))
-    told = f"(a step {format_seconds(after.step_s)}, with whole blocks {format_seconds(before.step_s)})"
-    if after.step_s >= SHARDED_FASTER * before.step_s:
+    told = f"(a step {format_seconds(after_s)}, with whole blocks {format_seconds(before_s)})"
+    if after_s >= SHARDED_FASTER * before_s:
         why = f"sharded_upload=false: shares that GPUs exchange are no faster {told}"
         return Choice(whole.settings, (*whole.reasons, why))
     why = f"sharded_upload=true: each GPU brings up its share of a block, then they exchange them {told}"
@@ -208,7 +191,8 @@ def _gpus_have_own_links(machine: Machine) -> bool:
     return all((gpu.from_gpu_bytes_per_s.value or 0.0) >= least for gpu in link.each_gpu)
 
 
-def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
+def _choose_blocks(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Where blocks and hidden states are, and how often blocks go down."""
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
     if "hidden_states" not in given and _helps_on_host(context, given.typed):
@@ -285,9 +269,9 @@ class _Planner:
         """
         budget, settings = self.context.budget, self.given.typed
         blocks = self.context.shape.num_blocks
-        if budget.gpu_bytes is None:
+        usable = budget.fillable_gpu_bytes
+        if usable is None:
             return 0, "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one"
-        usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
         # How often blocks go down does not change memory.
         costs = {
             count: self.cost(replace(settings, resident_blocks=count))
@@ -339,7 +323,7 @@ class _Planner:
             return f"{most} would fit"
         text = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
         settings = replace(self.given.typed, resident_blocks=resident)
-        prediction = predict(self.cost(settings), self.context.machine, self.context.workload)
+        prediction = self.context.predict(self.placed(settings))
         return f"{text}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else text
 
     def _step_s(self, resident: int) -> float | None:
@@ -347,7 +331,7 @@ class _Planner:
         settings: Zo2Settings = replace(self.given.typed, resident_blocks=resident)
         if "fold_every" not in self.given:
             settings = replace(settings, fold_every=self.fold_every(settings)[0])
-        return predict(self.cost(settings), self.context.machine, self.context.workload).step_s
+        return self.context.step_s(self.placed(settings))
 
     def fold_every(self, settings: Zo2Settings) -> tuple[int, str]:
         """The fewest steps between downloads of a block that are as fast as any, the GPU having time to
@@ -358,17 +342,17 @@ class _Planner:
             return best
         if (window := settings.noise_window) is not None:
             return 1, f"fold_every=1: every {window} steps, when the noise's window ends"
-        costs = {
-            k: self.cost(replace(settings, fold_every=k))
+        placed = {
+            k: self.placed(replace(settings, fold_every=k))
             for k in FOLDS
             if k * settings.queries <= MOST_DEFERRED
         }
-        every = costs[1]
+        every = self.context.cost(placed[1])
         if machine.gpu is None:
             return 1, "fold_every=1: there is no link to relieve"
         if not every.d2h_bytes:
             return 1, "fold_every=1: nothing goes down"
-        times = {k: _Times.of(cost, machine, self.context.workload) for k, cost in costs.items()}
+        times = {k: _Times.of(self.context, each) for k, each in placed.items()}
         first = times[1]
         if first is None:
             return 1, "fold_every=1: the machine profile lacks figures, so the published schedule is kept"
@@ -381,9 +365,9 @@ class _Planner:
             and (k == 1 or time.gpu_s <= FOLD_GPU_SHARE * (first if settings.sharded_upload else time).link_s)
         }
         best_s = min(time.step_s for time in fitting.values())
-        k = next(k for k, time in fitting.items() if time.step_s <= FOLD_AS_FAST * best_s)
+        k = next(k for k, time in fitting.items() if time.step_s <= AS_FAST * best_s)
         balance = f"up {format_seconds(fitting[k].h2d_s)}, GPU {format_seconds(fitting[k].gpu_s)}"
-        down = format_bytes(costs[k].d2h_bytes)
+        down = format_bytes(self.context.cost(placed[k]).d2h_bytes)
         if k > 1:
             return k, (
                 f"fold_every={k}: a download every {k}{'nd' if k == 2 else 'th'} step: {balance}, "

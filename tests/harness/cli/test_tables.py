@@ -42,6 +42,12 @@ def test_traced_runs_are_marked_and_their_traces_named() -> None:
     assert said.count("traced") == 2
 
 
+def test_runs_whose_clock_was_held_are_marked() -> None:
+    held = replace(make_run("zo2"), disturbance="the GPU's clock was held low")
+    said = drawn(tables.runs_table([held, make_run("native")]), 160)
+    assert said.count("disturbed: the GPU's clock was held low") == 1
+
+
 def test_a_console_without_a_terminal_is_wide_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     assert progress.console().width == progress.PLAIN_WIDTH

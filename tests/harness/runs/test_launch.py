@@ -312,6 +312,27 @@ def test_gpu_memory_of_the_device_is_sampled(tmp_path: Path, time_out: Callable[
     assert outcome.summary.peak_gpu_nvml_bytes == 9
 
 
+def test_a_clock_that_was_held_low_is_told(tmp_path: Path) -> None:
+    class Library:
+        NVMLError = RuntimeError
+        NVML_CLOCK_SM = 1
+
+        def nvmlDeviceGetClockInfo(self, handle: object, domain: int) -> int:
+            return 900
+
+        def nvmlDeviceGetMaxClockInfo(self, handle: object, domain: int) -> int:
+            return 1980
+
+        def nvmlDeviceGetCurrentClocksEventReasons(self, handle: object) -> int:
+            return 0x80
+
+    outcome = start(tmp_path, device=NvmlDevice(Library(), None), step_s=0.2)
+    assert outcome.end_state == "ok"
+    assert outcome.disturbance is not None
+    assert outcome.disturbance.endswith("100% of the time that it worked, by the power supply")
+    assert start(tmp_path / "alone").disturbance is None
+
+
 def test_the_log_of_an_earlier_failure_goes_when_the_run_succeeds(tmp_path: Path) -> None:
     start(tmp_path, fail_at_step=0)
     log = tmp_path / "logs" / "scripted-r1.log"

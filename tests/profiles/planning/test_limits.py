@@ -16,9 +16,8 @@ from engines.shapes import Workload
 from harness.models.configs import named_shape
 from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine
-from profiles.planning.budget import budget_of, gpu_bytes_needed
-from profiles.planning.context import PlanningContext
-from profiles.planning.methods.zo2 import AS_FAST, FREE_SHARE
+from profiles.planning.budget import FREE_SHARE, budget_of, gpu_bytes_needed
+from profiles.planning.context import AS_FAST, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import dtypes_for
 from profiles.planning.predict import predict

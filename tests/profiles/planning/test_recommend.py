@@ -33,7 +33,8 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
-from profiles.planning.methods.zo2 import FOLD_AS_FAST, FOLD_GPU_SHARE, FOLDS
+from profiles.planning.context import AS_FAST
+from profiles.planning.methods.zo2 import FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
 from profiles.planning.recommend import rank, recommend
@@ -351,7 +352,7 @@ def test_zo2_replays_updates_where_the_link_is_the_limit(size: str) -> None:
         has_room = busy["gpu"] <= FOLD_GPU_SHARE * max(busy["h2d"], busy["d2h"])
         assert has_room or other > k
         if has_room:
-            assert step_s <= FOLD_AS_FAST * other_s
+            assert step_s <= AS_FAST * other_s
         if other < k:
             assert other_s > step_s
 
