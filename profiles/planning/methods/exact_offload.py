@@ -249,15 +249,14 @@ def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings)
 def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> int:
     """Blocks that have room on the GPU at once: the fewest with which a streamed step is nearly as fast as
     with all that fit."""
-    budget = context.budget
-    if budget.gpu_bytes is None:
+    usable = context.budget.fillable_gpu_bytes
+    if usable is None:
         return settings.weight_slots
-    usable = int(budget.gpu_bytes * (1 if budget.gpu_named else 1 - FREE_SHARE))
     times: dict[int, float] = {}
     for count in range(settings.weight_slots, context.shape.num_blocks):
-        cost = context.cost(replace(settings, weight_slots=count))
-        step_s = predict(cost, context.machine, context.workload).step_s
-        if step_s is None or gpu_bytes_needed(cost, budget) > usable:
+        with_count = replace(settings, weight_slots=count)
+        step_s = context.step_s(with_count)
+        if step_s is None or gpu_bytes_needed(context.cost(with_count), context.budget) > usable:
             break
         times[count] = step_s
     fastest_s = min(times.values(), default=0.0)
