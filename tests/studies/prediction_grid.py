@@ -71,6 +71,8 @@ from profiles.units import parse_bytes  # noqa: E402
 
 CELLS = Path(__file__).with_suffix(".toml")
 STEPS, WARMUP = 6, 3
+WARMUP_BESIDE_THE_CPU = 13
+"""Of `lsp` and `exact-offload`, which try how many threads to use in their first steps."""
 SAMPLE_S = 0.03
 CELL_S = 120.0
 """The longest that a cell may take."""
@@ -106,6 +108,7 @@ class GridCell:
         """With `chosen` for settings, in place of the cell's."""
         settings = self.settings if chosen is None else {**chosen}
         limit = vram_bytes if self.vram is None else parse_bytes(self.vram, "vram")
+        tries_threads = self.engine in ("lsp", "exact-offload") and self.edge is None
         return Job(
             model=ModelSource(name=self.model, random_weights=True),
             data=DataSource(train="random"),
@@ -115,7 +118,7 @@ class GridCell:
             dtype=self.dtype,  # type: ignore[arg-type]
             checkpointing=self.checkpointing,
             steps=STEPS,
-            warmup_steps=WARMUP,
+            warmup_steps=WARMUP_BESIDE_THE_CPU if tries_threads else WARMUP,
             limits=Limits(vram_bytes=limit, timeout_s=CELL_S),
             settings=make_job(
                 {"model": {"name": self.model}, "settings": {self.engine: settings}}, self.name
