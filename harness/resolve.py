@@ -81,7 +81,7 @@ def longest_sequence(source: ModelSource) -> int | None:
         )
     except (TypeError, ValueError, ArithmeticError, AttributeError):
         return None
-    return shape.max_seq_len
+    return shape.max_seq_len if shape.max_seq_len > 0 else None
 
 
 def _resolve_head(job: Job, family: str, examples: Examples) -> tuple[Head, int]:

@@ -14,8 +14,8 @@ parameters takes 0.32 or 1.6 s of the CPU with fp32 moments, 0.23 or 1.2 s with 
 int8, 0.05 or 0.27 s of the link; T* is 20, 15 and 12 thousand tokens. All micro-batches of a step count: they
 pass a block together (`engines.model.block_major`).
 
-With `weights=streamed` the weights of the blocks come up twice, but for a few, so the link takes 4 N /
-bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
+With `weights=streamed` the weights of the blocks come up twice, but for those of the last `weight_slots`, so
+the link takes 4 N / bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
 
 States on disk (`disk_blocks`) are read and written in each step: 10 bytes per parameter each way with fp32
 moments, 6 and 4 with the others. With their weights there too (`disk_weights`) 2 more go each way, and 2 come
@@ -33,7 +33,7 @@ from dataclasses import replace
 
 from engines.costs import transformer
 from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
-from engines.costs.lsp import NORM_BYTES, WEIGHT_SLOTS
+from engines.costs.lsp import NORM_BYTES
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
@@ -131,7 +131,7 @@ def hidden_away_bytes(shape: ModelShape, workload: Workload, settings: ExactOffl
 def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[int]:
     """How often each block comes up: once, or for each of both passes, but for those that are still there
     when the forward pass turns."""
-    stay = WEIGHT_SLOTS if settings.streams else num_blocks
+    stay = settings.weight_slots if settings.streams else num_blocks
     return [1 if index >= num_blocks - stay else 2 for index in range(num_blocks)]
 
 
@@ -233,7 +233,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     masters = (MASTER_BYTES if element < 4 else 8) * shape.non_block_parameters if on_gpu else 0
     passing = 0 if on_gpu else element * shape.largest_tensor  # before they are added to those of others
     slots = min(GRADIENT_SLOTS, shape.num_blocks)
-    blocks = min(WEIGHT_SLOTS, shape.num_blocks) if settings.streams else shape.num_blocks
+    blocks = min(settings.weight_slots, shape.num_blocks) if settings.streams else shape.num_blocks
     held = {
         "weights": non_block + element * blocks * shape.block_parameters,
         "optimizer": masters,

@@ -12,7 +12,7 @@ Ranks of one machine have that ring once, and read a block on disk once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -109,6 +109,11 @@ def folds(index: int, step: int, fold_every: int) -> bool:
     return (step + index) % fold_every == 0
 
 
+def most_going_down(blocks: Collection[int], fold_every: int) -> int:
+    """How many of `blocks`, which all take turns, go down in the same step at most."""
+    return max(sum(folds(index, step, fold_every) for index in blocks) for step in range(fold_every))
+
+
 def folds_disk(settings: MezoSettings, total_steps: int) -> bool:
     """Whether so long a run writes blocks on disk anew, if it trains them."""
     if settings.noise_window is not None:
@@ -185,17 +190,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
                 disk_bytes=read,
             )
     shared: dict[str, int] = {}
-    spare = max(
-        sum(
-            index not in resident
-            and index not in on_disk
-            and trains_block(settings, index, shape.num_blocks)
-            and folds(index, step, settings.fold_every)
-            for index in range(shape.num_blocks)
-        )
-        for step in range(settings.fold_every)
-    )
     if settings.shares_blocks and streamed > len(on_disk):
+        written = [
+            index
+            for index in range(shape.num_blocks)
+            if index not in resident | on_disk and trains_block(settings, index, shape.num_blocks)
+        ]
+        spare = most_going_down(written, settings.fold_every)
         shared["blocks, pinned"] = host_bytes + spare * block
     if on_disk:
         shared["disk ring, pinned"] = disk.host_ring_bytes(disk_bytes)

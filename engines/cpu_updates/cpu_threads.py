@@ -17,9 +17,6 @@ FIRST_STEPS, SEEN_STEPS = 2, 4
 """Steps that do not count, in which kernels are compiled and captured, and steps by whose median two numbers
 of threads are compared."""
 
-AS_FAST = 1.02
-"""Steps within this factor are equally fast: then fewer threads, which leave more to everyone else."""
-
 
 class AdamThreads:
     """How many threads the updates of one engine run on: all but a few, or half of those, whichever steps are
@@ -66,7 +63,7 @@ class AdamThreads:
             self._to_ignore = 1  # in it updates of both are made
             return
         self._is_settled = True
-        if taken_s > AS_FAST * self._with_most_s:
+        if taken_s > self._with_most_s:
             self.count = self._most
 
 

@@ -16,9 +16,9 @@ in a step however many there are, and 3 to 5 have a whole step's compute to hide
 step they do (`engines.costs.exact_offload`).
 
 With `weights=streamed` (ZeRO-Infinity, 2104.07857, and the vertical order of GreedySnake, 2512.17570) the
-blocks' weights stay on the host and come up for 1 and again for 2, through three blocks' buffers on the GPU
-(`engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks, hidden states and
-what is outside the blocks, whatever the model's size.
+blocks' weights stay on the host and come up for 1 and again for 2, through the buffers of a few blocks on the
+GPU (`weight_slots`; `engines.offload.block_slots`); 5 is left out. GPU memory is then that of a few blocks,
+hidden states and what is outside the blocks, whatever the model's size.
 
 Where things live. GPU: the bf16 weights of the model, gradients of three blocks, hidden states between
 blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
@@ -324,6 +324,7 @@ class ExactOffload:
                 self._compute,
                 self._is_on_host,
                 self._disk_weights,
+                slots=self.settings.weight_slots,
             )
         for index, block in enumerate((*layout.blocks, *non_block)):
             if self.streamed is not None and index < self._num_blocks:

@@ -62,7 +62,7 @@ from torch import Tensor
 
 from engines.base import Blueprint, Context
 from engines.costs.mezo import hidden_state_bytes, num_probes
-from engines.costs.zo2 import folds, folds_disk, num_staying, resident_indices
+from engines.costs.zo2 import folds_disk, most_going_down, num_staying, resident_indices
 from engines.lossless.whole_matrices import WholeMatrices
 from engines.model.waiting_states import States, StatesOnDevice, WaitingStates
 from engines.noise.visits import Visit
@@ -166,7 +166,7 @@ class StreamedBlocks:
             self._context.progress,
             self.disk,
             self._world,
-            most_written=max(len(self._due(turn)) for turn in range(self._settings.fold_every)),
+            most_written=most_going_down(self._taking_turns, self._settings.fold_every),
             sharded=self._settings.sharded_upload,
             timeline=self._clocks.timeline,
         )
@@ -187,14 +187,10 @@ class StreamedBlocks:
             progress=self._context.progress,
         )
 
-    def _due(self, step: int) -> list[int]:
-        """Blocks that go down in `step`, if they have updates."""
-        every = self._settings.fold_every
-        return [
-            index
-            for index in range(len(self._forms))
-            if index in self._updates.trained - self._resident - self.on_disk and folds(index, step, every)
-        ]
+    @property
+    def _taking_turns(self) -> list[int]:
+        """Blocks that training changes and that go down, each when it is its turn."""
+        return sorted(self._updates.trained - self._resident - self.on_disk)
 
     def _changed_on_disk(self) -> list[int]:
         """Blocks on disk that training changes."""
@@ -305,7 +301,9 @@ class StreamedBlocks:
         """A block goes down when it is its turn. With low-rank noise windows have their own."""
         by_window = self._settings.noise_window is not None
         updates = self._updates
-        self._ring.begin_writing([i for i in self._due(updates.step) if updates.num_deferred(i)])
+        self._ring.begin_writing(
+            [i for i in self._taking_turns if updates.is_due(i) and updates.num_deferred(i)]
+        )
         return self._pass(
             lambda index: not by_window and self._updates.is_due(index), perturb=True, window=window
         )

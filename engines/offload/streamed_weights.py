@@ -36,16 +36,19 @@ class StreamedWeights:
         clock: ComputeClock,
         is_ready: Callable[[int, bool], bool],
         on_disk: DiskWeights | None = None,
+        *,
+        slots: int = WEIGHT_SLOTS,
     ) -> None:
         """`layouts`, by block and in their order, say what of each is in `host`, (elements,) each; `is_ready`
-        is that of `BlockSlots`, of a block of the model, and `on_disk` its own, of blocks by their order."""
+        is that of `BlockSlots`, of a block of the model, and `on_disk` its own, of blocks by their order.
+        There is room for `slots` blocks on the GPU."""
         self._layouts = dict(layouts)
         self._host = host
         self._blocks = list(layouts)
         self._places = {block: place for place, block in enumerate(self._blocks)}
         self._on_disk = on_disk
         self.slots = BlockSlots(
-            host, WEIGHT_SLOTS, link, clock, lambda place, wait: is_ready(self._blocks[place], wait), on_disk
+            host, slots, link, clock, lambda place, wait: is_ready(self._blocks[place], wait), on_disk
         )
 
     def memory(self, block: int) -> Tensor:

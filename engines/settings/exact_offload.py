@@ -35,6 +35,9 @@ class ExactOffloadSettings(CompiledBlockSettings):
     weights: Weights = "resident"
     """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
     again for the backward pass. Of no effect without `offload`."""
+    weight_slots: int = 3
+    """With weights=streamed: how many blocks have room on the GPU at once. The last ones are still there when
+    the forward pass turns, and come up once in a step, not twice. Plans choose more where that is faster."""
     outer: Literal["gpu", "host"] = "gpu"
     """Where masters and moments are of what lies outside the blocks (embeddings, head): on the GPU, which
     updates it, or on the host with those of the blocks."""
@@ -67,6 +70,7 @@ class ExactOffloadSettings(CompiledBlockSettings):
             "set dropout=0, or kept_activations=all",
         )
         require(self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+        require(self.weight_slots >= 2, "weight_slots", "must be at least 2: one computes, the next comes up")
         require(
             not self.disk_weights or (self.weights == "streamed" and self.disk_blocks > 0),
             "disk_weights",

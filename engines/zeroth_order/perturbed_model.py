@@ -130,7 +130,7 @@ class PerturbedModel:
         has_experts = any(unit.mixed or unit.module in self._driver.blocks for unit in units)
         if device.type == "cuda" and 2 * largest_bytes <= GRAPH_SCRATCH_BYTES and not has_experts:
             self._graphs = BlockGraphs(self._run_eagerly)
-            self.scratch.take_form(whole=True, sides=2)
+            self.scratch.reserve(by_block=True, sides=2)
         for unit in units:
             if unit.frozen and has_no_bias(unit.module):
                 unit.module.forward = without_bias(unit.module)
@@ -156,7 +156,7 @@ class PerturbedModel:
     def begin_step(self, num_batches: int, most_sides: int) -> None:
         """So many micro-batches are to be perturbed, so many sides of each in one batch at most."""
         if self._graphs is None:
-            self.scratch.take_form(whole=num_batches > 1, sides=most_sides)
+            self.scratch.reserve(by_block=num_batches > 1, sides=most_sides)
         else:  # HAZARD: its graphs know the scratch by address, so it never changes its form
             self._graphs.begin()
 
@@ -197,7 +197,7 @@ class PerturbedModel:
     def enter_all_plain(self, batches: Sequence[Prepared]) -> tuple[list[Tensor], list[Sequence[BlockCall]]]:
         """Every micro-batch's hidden state before the first block and its blocks' calls, at theta."""
         if self._graphs is None:
-            self.scratch.take_form(whole=len(batches) > 1, sides=1)
+            self.scratch.reserve(by_block=len(batches) > 1, sides=1)
         entered = [self._record(batch, Side.PLAIN) for batch in batches]
         return [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
@@ -207,7 +207,7 @@ class PerturbedModel:
         """Likewise of a batch that goes on from the key-value `cache`, to which its blocks add; without one
         they begin anew."""
         if self._graphs is None:
-            self.scratch.take_form(whole=False, sides=1)
+            self.scratch.reserve(by_block=False, sides=1)
         self._side = Side.PLAIN
         with known_padding(padded):
             recording = self._driver.record(inputs, cache)

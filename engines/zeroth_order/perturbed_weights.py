@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ class Stored:
     """Positions in the log of the updates that it took with that."""
     has_room: Tensor
     """() bool on the device."""
+
+
+class _Reserved(NamedTuple):
+    """What there is memory for."""
+
+    by_block: bool
+    """All of a block at once, and not one unit."""
+    sides: int
 
 
 class BlockScratch:
@@ -79,11 +88,11 @@ class BlockScratch:
         owned = [
             (unit.block, part) for unit in units for part in unit.parts if self._is_large(unit.block, part)
         ]
-        self._always_whole = len(set(owned)) < len(owned)
+        self._always_by_block = len(set(owned)) < len(owned)
         """Two units of a block have a matrix in common."""
         self._most_sides = 1 if all(unit.frozen for unit in units) else 2
         """Frozen weights are in the plus side's memory only."""
-        self._form: tuple[bool, int] | None = None
+        self._reserved: _Reserved | None = None
         self._places: dict[tuple[int, int], int] = {}
         self._memory: list[Tensor] = []
         self._segments: dict[tuple[int, int, int], Segment] = {}
@@ -92,7 +101,7 @@ class BlockScratch:
         self._source: Source | None = None
         self._made: set[int] = set()
         self._seen: set[int] = set()
-        self.take_form(whole=False, sides=2)
+        self.reserve(by_block=False, sides=2)
 
     def set_forms(self, forms: Sequence[BlockForm]) -> None:
         """Other matrices than before are in tiles."""
@@ -137,21 +146,22 @@ class BlockScratch:
             self.make_whole(stored, tiles, self._task.how)
         return (self._block, index) in self.whole
 
-    def take_form(self, *, whole: bool, sides: int) -> None:
-        """Memory for one unit at a time, or, for several micro-batches in one visit, for a whole block; on
+    def reserve(self, *, by_block: bool, sides: int) -> None:
+        """Memory for one unit at a time, or, for several micro-batches in one visit, for all of a block; on
         both sides, or on the one that frozen weights and passes with theta itself use."""
-        whole = whole or self._always_whole
-        sides = min(sides, self._most_sides)
-        if self._form == (whole, sides):
+        wanted = _Reserved(by_block or self._always_by_block, min(sides, self._most_sides))
+        if self._reserved == wanted:
             return
-        self._form = (whole, sides)
-        self._places, size = self._whole_places() if whole else self._unit_places()
+        self._reserved = wanted
+        self._places, size = self._block_places() if wanted.by_block else self._unit_places()
         for unit in self._units:
             unit.weights = ([], [])
         self._memory = []  # before the new one is taken
-        self._memory = [torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(sides)]
+        self._memory = [
+            torch.zeros(size, dtype=self._dtype, device=self._device) for _ in range(wanted.sides)
+        ]
         for unit in self._units:
-            for side in range(sides):
+            for side in range(wanted.sides):
                 views: dict[str, Tensor] = {}
                 for part in unit.parts:
                     of = self._layout.blocks[unit.block].parts[part]
@@ -161,7 +171,7 @@ class BlockScratch:
                     nn.Parameter(views[name], requires_grad=False) for _, _, name in unit.places
                 )
 
-    def _whole_places(self) -> tuple[dict[tuple[int, int], int], int]:
+    def _block_places(self) -> tuple[dict[tuple[int, int], int], int]:
         """Places of each block's parts, its own as in its memory, then those it shares; elements in all."""
         places: dict[tuple[int, int], int] = {}
         size = 0
@@ -211,9 +221,9 @@ class BlockScratch:
     def begin(self, block: int, task: Task, source: Source) -> None:
         self._block, self._task, self._source = block, task, source
         self._made, self._seen = set(), set()
-        assert self._form is not None
-        if self._form[0]:
-            self._make_whole()
+        assert self._reserved is not None
+        if self._reserved.by_block:
+            self._make_block()
 
     def end(self) -> None:
         """Also parts that no module asked for have their updates applied."""
@@ -248,7 +258,7 @@ class BlockScratch:
             if part not in self._made:
                 self._make(part)
 
-    def _make_whole(self) -> None:
+    def _make_block(self) -> None:
         """Everything at once, with one kernel for all that lies together."""
         assert self._source is not None
         layout = self._layout.blocks[self._block]

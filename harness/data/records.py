@@ -85,13 +85,13 @@ class Reading:
     meaning: str
     """What was taken for what, such as `text = review, label = stars`."""
     records: int
-    """All that the file holds, those left out included."""
+    """All that the file holds, those left out included; 0 of a plain text, which has none."""
     left_out: LeftOut = LeftOut()
     replaced_characters: int = 0
     """Halves of characters that no text can hold (lone surrogates), U+FFFD in their place."""
 
     def __str__(self) -> str:
-        parts = [self.form, self.meaning, f"{self.records:,} records"]
+        parts = [self.form, self.meaning, f"{self.records:,} records" if self.records else ""]
         if self.left_out.count:
             parts.append(f"{self.left_out.count:,} left out, the first in {self.left_out.first}")
         if self.replaced_characters:

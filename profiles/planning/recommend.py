@@ -25,7 +25,7 @@ from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, reser
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
-from profiles.planning.predict import compiling_s, predict
+from profiles.planning.predict import compiling_s
 from profiles.planning.ranks import context_of_a_rank
 from profiles.rates import BETWEEN_GPUS, from_gpu
 from profiles.units import format_rate, format_seconds
@@ -87,11 +87,7 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
     engine = context.engine
     settings, reasons = _choose(context, given)
     cost = context.cost(settings.typed)
-    unsuitable = _unsuitable(context)
-    if unsuitable is None and (why := why_no_base(settings.typed, context.workload.dtype)) is not None:
-        unsuitable = f"base=lossless {why}"
-    if unsuitable is None:
-        unsuitable = why_no_accumulation(settings.typed, context.workload.accumulation)
+    unsuitable = _unsuitable(context, settings.typed)
     why_not = unsuitable or why_missing(cost, context.budget)
     if entry(engine).order == "zeroth":
         passes = "two" if cost.forwards == 2 else f"{cost.forwards:g}"
@@ -110,18 +106,21 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
         fits=why_not is None,
         why_not=why_not,
         available=unsuitable is None,
-        prediction=replace(
-            _with_network(
-                _of_machine(predict(cost, context.machine, context.workload), context.local_ranks),
-                cost,
-                context,
-            ),
-            compile_s=compiling_s(settings.typed, context.machine),
-            **_rare(cost, context),
-            **_gpu_bytes(cost, context),
-        ),
+        prediction=_prediction(context, settings.typed),
         reasons=reasons,
         verify_command=" ".join(f"lspzo-bench compare {job_arguments} --engine {engine}".split()),
+    )
+
+
+def _prediction(context: PlanningContext, settings: Any) -> Prediction:
+    """With what a step waits for other machines, and what only some steps, or the process, take."""
+    cost = context.cost(settings)
+    step = _with_network(_of_machine(context.predict(settings), context.local_ranks), cost, context)
+    return replace(
+        step,
+        compile_s=compiling_s(settings, context.machine),
+        **_rare(cost, context),
+        **_gpu_bytes(cost, context),
     )
 
 
@@ -230,8 +229,8 @@ def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return choice
 
 
-def _unsuitable(context: PlanningContext) -> str | None:
-    """Why the engine cannot run the job at all, whatever the memory."""
+def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
+    """Why the engine cannot run the job with these typed settings at all, whatever the memory."""
     engine, machine, workload = context.engine, context.machine, context.workload
     row = entry(engine)
     if context.ranks > 1 and not row.several_gpus:
@@ -246,4 +245,6 @@ def _unsuitable(context: PlanningContext) -> str | None:
         return f"{why}{instead}"
     if (why := why_no_dtype(machine, workload.dtype)) is not None:
         return f"{why}{instead}"
-    return None
+    if (why := why_no_base(settings, workload.dtype)) is not None:
+        return f"base=lossless {why}"
+    return why_no_accumulation(settings, workload.accumulation)

@@ -11,7 +11,7 @@ from harness.records.memory_limits import (
     imposed_gpu_bytes,
     imposed_host_bytes,
 )
-from harness.records.stats import Rounds
+from harness.records.stats import Rounds, disturbed
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
@@ -251,7 +251,7 @@ def _memory_text(engine: str, all_: Measurements) -> str:
 
 def _confidence(rounds: Rounds) -> str:
     runs = counted("run", len(rounds.ok))
-    key = "few" if len(rounds.ok) < 3 else "some"
+    key = "few" if len(rounds.ok) < 3 else "disturbed" if disturbed(rounds) else "some"
     if is_emulated(rounds):
         key = "emulated"
     step = rounds.step_s

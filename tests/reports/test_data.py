@@ -92,6 +92,16 @@ def test_what_changed_between_two_folders(folder: Path, tmp_path: Path) -> None:
     assert not (unlike / "report.html").exists()
 
 
+def test_runs_that_were_disturbed_are_no_fair_ground(tmp_path: Path) -> None:
+    for name, last_s, told in (("calm", 0.42, "fair: 3 runs"), ("busy", 2.2, "low: 3 runs")):
+        runs = [make_run("native", round=i, step_s=scaled(s)) for i, s in ((1, 0.4), (2, 0.41), (3, last_s))]
+        folder = write_folder(tmp_path / name, runs)
+        run_program("report", str(folder))
+        (line,) = [each for each in (folder / "report.md").read_text().splitlines() if "Confidence:" in each]
+        assert told in line
+        assert ("something else took their time" in line) == (name == "busy")
+
+
 @pytest.mark.parametrize(
     "runs",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,6 +142,12 @@ def _of_numbers(where: str, values: set[int], labels: Sequence[Label], words_are
     is_none = -1 in values and labels.count(-1) * FEW <= len(labels) and others == set(rest)
     if is_none:
         values = others
+    if len(labels) >= FEW and 2 * len(values) > len(labels):
+        raise UserError(
+            where,
+            f"has {len(values):,} different labels in {len(labels):,} records, such as {max(values)}",
+            "say which column is the label: --columns text=NAME,label=NAME, or target=NAME for numbers",
+        )
     if len(values) < 2:
         raise UserError(
             where, f"every label is {next(iter(values), 'missing')}", "give examples of at least two classes"
@@ -171,4 +178,12 @@ def _of_words(where: str, words: set[str], num_labels: int, label_ids: Mapping[s
         names = tuple(sorted(label_ids, key=lambda name: label_ids[name]))
         return Classes(number_of={word: by_name[word.casefold()] for word in words}, names=names)
     order = sorted(words)
+    alike = Counter(word.casefold() for word in order)
+    if twice := [word for word in order if alike[word.casefold()] > 1]:
+        one = next(word for word in twice[1:] if word.casefold() == twice[0].casefold())
+        raise UserError(
+            where,
+            f"has labels that differ in capitals alone, such as {_shown(twice[0])} and {_shown(one)}",
+            "write them alike, or as different words",
+        )
     return Classes(number_of={word: number for number, word in enumerate(order)}, names=tuple(order))

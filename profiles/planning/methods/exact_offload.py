@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from engines.costs.exact_offload import gradient_places, state_bytes
-from engines.costs.lsp import WEIGHT_SLOTS
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
@@ -21,6 +20,10 @@ from profiles.units import format_bytes, format_seconds
 NO_SLOWER = 1.001
 """A step within this factor of the fastest is not worth a block's activations. Of 32 blocks one that runs
 again takes 0.008 of a step that the GPU decides."""
+
+NEAR_FASTEST = 1.02
+"""Streamed blocks have room on the GPU until a step is this near to what all that fit would make it: each
+brings less than the one before it is worth in memory that stays free."""
 
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
@@ -78,6 +81,15 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         if "kept_activations" not in given and settings.kept_activations != "all":
             chosen["kept_activations"] = settings.kept_activations
         reasons += its_reasons
+    if settings.streams and "weight_slots" not in given:
+        more = _weight_slots(context, settings)
+        if more > settings.weight_slots:
+            chosen["weight_slots"] = more
+            settings = replace(settings, weight_slots=more)
+            reasons.append(
+                f"weight_slots={more}: the last {more} blocks come up once in a step, not twice; there is "
+                "room"
+            )
     if settings.max_grad_norm > 0 and "clip_by" not in given:
         clip_by, reason = _clip_by(context, settings)
         chosen["clip_by"] = clip_by
@@ -87,7 +99,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     places = gradient_places(context.shape.num_blocks, settings)
     on_gpu = f"{element} bytes on the GPU"
     if settings.streams:
-        on_gpu = f"{element} bytes on the GPU for {WEIGHT_SLOTS} blocks at a time"
+        on_gpu = f"{element} bytes on the GPU for {settings.weight_slots} blocks at a time"
     on_host = element + state_bytes(element, settings.moments)
     host_side = f"{on_host:.3g} bytes on the host"
     if settings.disk_blocks:
@@ -232,6 +244,26 @@ def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings)
         return blocks, math.inf
     chosen = max(k for k in times if times[k] <= NO_SLOWER * min(times.values()))
     return chosen, times[chosen]
+
+
+def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> int:
+    """Blocks that have room on the GPU at once: the fewest with which a streamed step is nearly as fast as
+    with all that fit."""
+    usable = context.budget.fillable_gpu_bytes
+    if usable is None:
+        return settings.weight_slots
+    times: dict[int, float] = {}
+    for count in range(settings.weight_slots, context.shape.num_blocks):
+        with_count = replace(settings, weight_slots=count)
+        step_s = context.step_s(with_count)
+        if step_s is None or gpu_bytes_needed(context.cost(with_count), context.budget) > usable:
+            break
+        times[count] = step_s
+    fastest_s = min(times.values(), default=0.0)
+    return min(
+        (count for count in times if times[count] <= NEAR_FASTEST * fastest_s),
+        default=settings.weight_slots,
+    )
 
 
 def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:

@@ -33,44 +33,14 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     blocks as fit then; the largest d that fits then and whose copies and CPU update hide; then r."""
     shape = context.shape
     placed = _weights(context, given)
-    given = placed.settings
-    with_d = given if "d" in given else given.completed(d=lsp_ladder(shape.hidden)[0])
-    recomputation = fewest_recomputed(context, with_d) if with_d.typed.d != "auto" else Choice(given)
-    given = given.completed(
-        **{name: value for name, value in recomputation.settings.items() if name not in with_d}
-    )
+    recomputed = _recomputed(context, placed.settings)
+    given = recomputed.settings
     planner = _Planner(context=context, given=given)
-    reasons = [*placed.reasons, *recomputation.reasons]
-    chosen: dict[str, Value] = {}
-    settings: LspSettings = given.typed
-    if "d" not in given:
-        d, reason = planner.size()
-        chosen["d"] = d
-        reasons.append(reason)
-    elif settings.d == "auto" and not settings.d_by_shape:
-        sizes = largest_hidden(
-            shape,
-            context.machine,
-            context.workload,
-            planner.cost_by_shape,
-            planner.fits_without_graphs,
-            block_major=settings.block_major,
-        )
-        chosen["d_by_shape"] = sizes.text
-        d = min(sizes.d.values())
-        reasons.append(f"d_by_shape={sizes.text}: {sizes.reason}")
-    else:
-        d = min(core_size(each.rows, each.columns, settings) for each in shape.matrices)
-        if not compresses(shape, settings):
-            largest = max(min(each.rows, each.columns) for each in shape.matrices)
-            reasons.append(
-                f"d={settings.d}: nothing is compressed, as no matrix has more than {largest} on its smaller "
-                "dimension"
-            )
+    chosen, smallest, why_sizes = planner.sizes()
+    reasons = [*placed.reasons, *recomputed.reasons, *why_sizes]
     if "r" not in given:
-        smallest = min(d, *(min(each.rows, each.columns) for each in shape.matrices))
         wanted = 4 if shape.hidden >= 1024 else 8
-        chosen["r"] = min(wanted, smallest)
+        chosen["r"] = min(wanted, smallest, *(min(each.rows, each.columns) for each in shape.matrices))
         reasons.append(
             f"r={chosen['r']}: nonzeros per projector row, as published for this size ({shape.hidden} hidden)"
         )
@@ -82,17 +52,12 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
             f"schedule_order=layerwise: of {shape.num_blocks} blocks' updates only the last one's tail shows"
         )
     if "graphs" not in given:
-        settings = given.completed(**chosen).typed
-        missing = context.why_missing(settings)
-        if missing is not None and context.why_missing(replace(settings, graphs=False)) is None:
+        typed = given.completed(**chosen).typed
+        missing = context.why_missing(typed)
+        if missing is not None and context.why_missing(replace(typed, graphs=False)) is None:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
-    settings = given.typed
-    if settings.moments != "fp32":
-        reasons.append(f"approximate: Adam's moments of the subspaces in {settings.moments}")
-    elif "moments" not in given:
-        faster = faster_moments(context, given.completed(**chosen).typed, ("bf16",))
-        reasons += [each for each in (planner.larger_with_bf16(chosen) or faster,) if each is not None]
+    reasons += planner.of_moments(chosen)
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):
         reasons.append(
@@ -100,6 +65,16 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
             f"r={published['r']} and learned projectors (--set {context.engine}.preset={shape.name})"
         )
     return Choice(given.completed(**chosen), tuple(reasons))
+
+
+def _recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
+    """As few recomputed blocks as fit beside the smallest subspaces, unless d says how large they are."""
+    with_d = given if "d" in given else given.completed(d=lsp_ladder(context.shape.hidden)[0])
+    if with_d.typed.d == "auto":
+        return Choice(given)
+    found = fewest_recomputed(context, with_d)
+    more = {name: value for name, value in found.settings.items() if name not in with_d}
+    return Choice(given.completed(**more), found.reasons)
 
 
 def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -128,6 +103,32 @@ def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
 class _Planner:
     context: PlanningContext
     given: GivenSettings
+
+    def sizes(self) -> tuple[dict[str, Value], int, list[str]]:
+        """What is chosen of d and d_by_shape, the smallest d that is used, and why."""
+        shape, settings = self.context.shape, self.given.typed
+        if "d" not in self.given:
+            d, reason = self.size()
+            return {"d": d}, d, [reason]
+        if settings.d == "auto" and not settings.d_by_shape:
+            found = largest_hidden(
+                shape,
+                self.context.machine,
+                self.context.workload,
+                self.cost_by_shape,
+                self.fits_without_graphs,
+                block_major=settings.block_major,
+            )
+            why = f"d_by_shape={found.text}: {found.reason}"
+            return {"d_by_shape": found.text}, min(found.d.values()), [why]
+        reasons = []
+        if not compresses(shape, settings):
+            largest = max(min(each.rows, each.columns) for each in shape.matrices)
+            reasons.append(
+                f"d={settings.d}: nothing is compressed, as no matrix has more than {largest} on its smaller "
+                "dimension"
+            )
+        return {}, min(core_size(each.rows, each.columns, settings) for each in shape.matrices), reasons
 
     def size(self) -> tuple[int, str]:
         """One d for all weights, and why."""
@@ -165,6 +166,17 @@ class _Planner:
                     f"d={d}: the largest that hides and fits ({elements / 1e6:.0f} M elements, {balance})",
                 )
         return d, f"d={d}: the smallest considered; even so the copies or the CPU do not hide ({balance})"
+
+    def of_moments(self, chosen: Mapping[str, Value]) -> list[str]:
+        """That moments which were set are approximate, or what such would bring beside what is `chosen`."""
+        settings: LspSettings = self.given.typed
+        if settings.moments != "fp32":
+            return [f"approximate: Adam's moments of the subspaces in {settings.moments}"]
+        if "moments" in self.given:
+            return []
+        typed = self.given.completed(**chosen).typed
+        more = self.larger_with_bf16(chosen) or faster_moments(self.context, typed, ("bf16",))
+        return [] if more is None else [more]
 
     def larger_with_bf16(self, chosen: Mapping[str, Value]) -> str | None:
         """What moments in bf16, which are approximate, would let hide; `None`: no larger d, or d is given."""

@@ -334,6 +334,10 @@ def test_exact_offload_streamed_holds_three_blocks_and_sends_the_others_up_twice
     assert streamed.host_memory_bytes == resident.host_memory_bytes
     twin = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed", offload=False)
     assert twin.h2d_bytes == resident.h2d_bytes
+    more = cost("exact-offload", DEEPSEEK_7B, TRAINING, weights="streamed", weight_slots=12)
+    assert streamed.h2d_bytes - more.h2d_bytes == 9 * block
+    assert more.gpu_memory_bytes["weights"] - streamed.gpu_memory_bytes["weights"] == 9 * block
+    assert more.host_bytes < streamed.host_bytes
 
 
 def test_exact_offload_keeps_activations_for_fewer_operations() -> None:

@@ -147,6 +147,9 @@ class TestTwin:
             ("gpt2", {"checkpointed_blocks": 1}),
             ("deberta-v2", {"checkpointed_blocks": 2}),
             ("qwen2", {"outer": "host", "moments": "int8"}),
+            ("llama", {"weight_slots": 4, "checkpointed_blocks": 2}),
+            ("opt", {"weight_slots": 2}),
+            ("llama", {"weight_slots": 9}),
         ],
     )
     def test_streamed_equals_in_memory(self, family: str, changes: dict[str, Any]) -> None:
@@ -160,9 +163,10 @@ class TestTwin:
             assert engine.evaluate(batches) == evaluated
             block = engine.on_gpu[0].nbytes
             assert engine.streamed is not None
-            assert engine.streamed.slots.gpu_bytes == 3 * block
+            slots = min(engine.settings.weight_slots, BLOCKS)
+            assert engine.streamed.slots.gpu_bytes == slots * block
         uploads = costs.uploads_per_step(BLOCKS, engine.settings)
-        assert uploads == [2, 2, 1, 1, 1]
+        assert uploads == [2] * (BLOCKS - slots) + [1] * slots
         non_block = 0
         if changes.get("outer") == "host":
             non_block = sum(each.nbytes for each in engine.on_gpu[BLOCKS:])
@@ -444,6 +448,7 @@ class TestTwin:
             {"weights": "streamed", "hidden_states": "host"},
             {"checkpointed_blocks": 1},
             {"checkpointed_blocks": 1, "kept_activations": "products"},
+            {"weights": "streamed", "weight_slots": 4, "kept_activations": "products"},
             {"disk_blocks": 5, **WEIGHTS_ON_DISK},
         ],
     )

@@ -176,6 +176,21 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert not plan(4096, given=given, vram_bytes=16 * GB).fits
 
 
+def test_more_blocks_have_room_where_host_memory_decides() -> None:
+    """6.7B in 24 GB at 16 thousand tokens a step: half of the blocks come up once."""
+    given: dict[str, object] = {"weights": "streamed"}
+    found = plan(16384, given=given, vram_bytes=24 * GB)
+    three = plan(16384, given={**given, "weight_slots": 3}, vram_bytes=24 * GB)
+    assert found.settings["weight_slots"] in range(8, 24)
+    assert found.prediction.step_s is not None
+    assert three.prediction.step_s is not None
+    assert found.prediction.step_s < 0.99 * three.prediction.step_s
+    assert any("come up once in a step, not twice" in each for each in found.reasons)
+    assert "weight_slots" not in plan(131072, given=given, vram_bytes=24 * GB).settings  # where the GPU does
+    small = plan(16384, given=given, vram_bytes=15 * GB)
+    assert int(small.settings.get("weight_slots", 3)) < int(found.settings["weight_slots"])
+
+
 def test_what_is_outside_the_blocks_is_updated_on_the_host_where_that_makes_it_fit() -> None:
     """16 bytes of GPU memory per parameter become 4 and what one gradient takes for a moment."""
     wide = with_vocabulary(128_256)

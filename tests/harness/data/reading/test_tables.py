@@ -143,6 +143,13 @@ REFUSED = {
     "blank": ("x.tsv", '"\n"\n', "holds no row"),
     "a row in quotes": ("x.tsv", 'text\tlabel\n"text\tlabel\n"\n', "line 2"),
     "mixed": ("x.csv", "text,label\na,0\nb,no\n", "numbers and words for labels"),
+    "capitals": (
+        "x.csv", "text,label\na,true\nb,false\nc,TRUE\n", "in capitals alone, such as 'TRUE' and 'true'"
+    ),
+    "every row another": (
+        "x.csv", "text,label\n" + "".join(f"a {i},{i}\n" for i in range(30)),
+        "30 different labels in 30 records, such as 29; say which column is the label",
+    ),
 }  # fmt: skip
 
 
