@@ -43,6 +43,7 @@ from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 from profiles.rates import measured_matrix_rate
+from profiles.units import typed_bytes
 
 ROUNDS = 3
 """Processes of each method, by default."""
@@ -342,9 +343,9 @@ def job_arguments(job: Job) -> str:
             parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
     parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]
     if job.limits.vram_bytes is not None:
-        parts += ["--vram", f"{job.limits.vram_bytes}B"]
+        parts += ["--vram", typed_bytes(job.limits.vram_bytes)]
     if job.limits.host_bytes is not None:
-        parts += ["--host-memory", f"{job.limits.host_bytes}B"]
+        parts += ["--host-memory", typed_bytes(job.limits.host_bytes)]
     for name in ("gpus", "nodes"):
         if getattr(job.limits, name) != 1:
             parts += [f"--{name}", str(getattr(job.limits, name))]

@@ -105,6 +105,14 @@ def parse_bytes(text: str, option: str = "size") -> int:
     return int(count)
 
 
+def typed_bytes(count: int) -> str:
+    """`count` as `parse_bytes` reads it, to the byte: `8GiB` or `24GB` where it is whole, else bytes."""
+    for unit, size in (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6)):
+        if count % size == 0:
+            return f"{count // size}{unit}"
+    return f"{count}B"
+
+
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     """`value` in the unit that keeps it below `base`; a rounded 1000 or 1024 moves one unit up."""
     scaled, position = float(value), 0

@@ -17,6 +17,7 @@ from profiles.units import (
     format_rate,
     format_seconds,
     parse_bytes,
+    typed_bytes,
 )
 
 
@@ -36,6 +37,12 @@ from profiles.units import (
 )
 def test_parse_bytes(text: str, count: int) -> None:
     assert parse_bytes(text) == count
+
+
+@given(st.integers(1, 2**62) | st.integers(1, 400).map(lambda n: n * 2**30) | st.just(24 * 10**9))
+def test_bytes_as_they_are_typed_are_read_to_the_byte(count: int) -> None:
+    assert parse_bytes(typed_bytes(count)) == count
+    assert [typed_bytes(each) for each in (8 * 2**30, 24 * 10**9, 1234567)] == ["8GiB", "24GB", "1234567B"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from engines.costs.table import traffic
 from engines.costs.traffic import Traffic
 from engines.settings.given import Value
 from engines.settings.parse import defaults
+from harness.models.configs import NAMED_SHAPES
 from harness.pipeline import plan_job
 from harness.records.job import Job, load_job
 from harness.records.run import Run, load_run
@@ -31,10 +32,16 @@ def runs(folder: Path) -> list[Run]:
     return [run for run in found if run.end_state == "ok" and run.environment.emulated is None]
 
 
+def is_of_a_named_shape(folder: Path) -> bool:
+    """Others are of weights that are not at hand here, so that nothing can be predicted for them."""
+    return load_job(folder / "job.toml").model.name in NAMED_SHAPES
+
+
 FOLDERS = [
     folder
     for folder in sorted(RESULTS.glob("*"))
     if folder.name.rpartition("_")[2] >= FIRST and "-earlier_" not in folder.name and runs(folder)
+    if is_of_a_named_shape(folder)
 ]
 
 
@@ -122,6 +129,8 @@ def memory_runs() -> list[tuple[str, Run, Traffic]]:
     for folder in sorted(RESULTS.glob("*_h200_*")):
         date = folder.name.rpartition("_")[2]
         if date < FIRST or "-earlier_" in folder.name or not (folder / "job.toml").exists():
+            continue
+        if not is_of_a_named_shape(folder):
             continue
         job = as_it_ran(load_job(folder / "job.toml"), date)
         for path in sorted(folder.glob("runs/*.json")):
