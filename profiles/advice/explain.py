@@ -9,8 +9,11 @@ from profiles.advice.job_time import JobForecast, sum_of_parts
 from profiles.planning.budget import gpu_bytes_needed
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
-from profiles.planning.predict import resource_s
+from profiles.planning.predict import gpu_parts, resource_s
 from profiles.units import format_bytes, format_elements, format_flops, format_rate, format_seconds
+
+WORTH_NAMING = 0.01
+"""Share of the GPU's time from which waiting is named."""
 
 
 def explained(plan: Plan, context: PlanningContext, forecast: JobForecast | None) -> tuple[str, ...]:
@@ -45,8 +48,8 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
     times = resource_s(cost, context.machine, context.workload)
     if times is None:
         return
+    yield from _gpu(cost, context)
     amounts = (
-        ("gpu", cost.gpu_flops, format_flops, "products"),
         ("h2d", cost.h2d_bytes, format_rate, "up"),
         ("d2h", cost.d2h_bytes, format_rate, "down"),
         ("cpu", cost.cpu_adam_elements, format_elements, "AdamW on the CPU"),
@@ -57,9 +60,8 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
     for name, amount, formatted, what in amounts:
         if amount and times[name]:
             total = _amount(name, amount)
-            more = ", with what is beside products" if name == "gpu" else ""
             rate, taken = formatted(amount / times[name]), format_seconds(times[name])
-            yield f"{name} = {total} {what} / {rate} = {taken}{more}"
+            yield f"{name} = {total} {what} / {rate} = {taken}"
     overlap = cost.overlap.replace("_", " ")
     if plan.prediction.step_s is not None:
         yield (
@@ -68,9 +70,22 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
         )
 
 
+def _gpu(cost: Traffic, context: PlanningContext) -> Iterator[str]:
+    """The GPU's time by what it goes into: where it waits for the CPU to start its work it is not slow."""
+    parts = gpu_parts(cost, context.machine, context.workload)
+    if parts is None or not cost.gpu_flops or not parts.products_s:
+        return
+    products = format_flops(cost.gpu_flops).replace("/s", "")
+    rate = format_flops(cost.gpu_flops / parts.products_s)
+    whole_s = parts.products_s + parts.between_s + parts.starting_s
+    line = f"gpu = {products} products / {rate} ({format_seconds(parts.products_s)})"
+    line += f" + what lies between them ({format_seconds(parts.between_s)})"
+    if parts.starting_s >= WORTH_NAMING * whole_s:
+        line += f" + waiting for the CPU to start its operations ({format_seconds(parts.starting_s)})"
+    yield f"{line} = {format_seconds(whole_s)}"
+
+
 def _amount(name: str, amount: float) -> str:
-    if name == "gpu":
-        return format_flops(amount).replace("/s", "")
     if name == "cpu":
         return format_elements(amount).replace("/s", " elements")
     return format_bytes(amount)

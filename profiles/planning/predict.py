@@ -210,6 +210,32 @@ def resource_s(traffic: Traffic, machine: Machine, workload: Workload) -> dict[s
         return None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuParts:
+    """What the GPU's seconds of a step are made of."""
+
+    products_s: float
+    """Of matrix products, at the rate of a large one."""
+    between_s: float
+    """Of what lies between them, and of products that are not large."""
+    starting_s: float
+    """In which it waits for operations that the CPU has not started yet."""
+
+
+def gpu_parts(traffic: Traffic, machine: Machine, workload: Workload) -> GpuParts | None:
+    """They add up to `resource_s`' GPU; `None` if the profile lacks a figure for it."""
+    try:
+        rates = _rates(traffic, machine, workload, "value")
+        whole_s = busy_s(_layer_times(traffic, machine, workload, "value"))["gpu"]
+    except FigureAbsent:
+        return None
+    products_s = traffic.gpu_flops * rates.per_flop_s
+    work_s = sum(_times(layer, rates).gpu_s for layer in traffic.layers)
+    return GpuParts(
+        products_s=products_s, between_s=work_s - products_s, starting_s=max(0.0, whole_s - work_s)
+    )
+
+
 def _bottleneck(busy: dict[str, float], step_s: float) -> str | None:
     """The busiest resource. Host memory is named where it decides the step's time; otherwise it only does
     the work of copies and CPU, which have the name then."""

@@ -25,6 +25,9 @@ NEAR_FASTEST = 1.02
 """Streamed blocks have room on the GPU until a step is this near to what all that fit would make it: each
 brings less than the one before it is worth in memory that stays free."""
 
+MOST_TOKENS = 1 << 24
+"""What does not hide with so many tokens a step never does."""
+
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
 OUTER: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
@@ -53,25 +56,10 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     for key in (*TRIED, "disk_blocks", "disk_weights"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
-            changes = {key: getattr(settings, key)}
-            if key in ("weights", "disk_blocks"):
-                changes["disk_weights"] = False  # which asks for both
-            without: Any = replace(found, **changes)
-            missing = context.why_missing(without)
+            missing = _missing_without(context, found, key, getattr(settings, key))
             reasons.append(f"{key}={str(chosen[key]).lower()}: without it the job {missing}")
     settings = found
-    cost = context.cost(settings)
-    read = format_bytes(cost.disk_bytes)
-    if settings.disk_weights:
-        reasons.append(
-            f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
-            "disk_folder says; weights come from there, too"
-        )
-    elif cost.disk_bytes:
-        reasons.append(
-            f"disk: {read} are read and written in each step, where disk_folder says; "
-            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
-        )
+    reasons += _of_disk(context, settings)
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
@@ -95,19 +83,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["clip_by"] = clip_by
         settings = given.completed(**chosen).typed
         reasons.append(reason)
-    element = BYTES_PER_ELEMENT[context.workload.dtype]
-    places = gradient_places(context.shape.num_blocks, settings)
-    on_gpu = f"{element} bytes on the GPU"
-    if settings.streams:
-        on_gpu = f"{element} bytes on the GPU for {settings.weight_slots} blocks at a time"
-    on_host = element + state_bytes(element, settings.moments)
-    host_side = f"{on_host:.3g} bytes on the host"
-    if settings.disk_blocks:
-        host_side += f" ({element} of them where the rest is on disk)"
-    reasons.append(
-        f"per parameter of the blocks: {on_gpu}, {host_side}, and room for "
-        f"the gradients of {places} of {context.shape.num_blocks} blocks"
-    )
+    reasons.append(_per_parameter(context, settings))
     if (crossover := _crossover(context, settings)) is not None:
         reasons.append(crossover)
     faster = None if "moments" in given else faster_moments(context, settings, MOMENTS[1:])
@@ -116,19 +92,78 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return Choice(given.completed(**chosen), tuple(reasons))
 
 
+def _missing_without(
+    context: PlanningContext, found: ExactOffloadSettings, key: str, otherwise: object
+) -> str | None:
+    """Why `found` does not fit with `otherwise` for one of its settings."""
+    changes: dict[str, Any] = {key: otherwise}
+    if key in ("weights", "disk_blocks"):
+        changes["disk_weights"] = False  # which asks for both
+    return context.why_missing(replace(found, **changes))
+
+
+def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[str]:
+    """What a step reads and writes there, if anything."""
+    cost = context.cost(settings)
+    read = format_bytes(cost.disk_bytes)
+    if settings.disk_weights:
+        return [
+            f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
+            "disk_folder says; weights come from there, too"
+        ]
+    if cost.disk_bytes:
+        return [
+            f"disk: {read} are read and written in each step, where disk_folder says; "
+            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
+        ]
+    return []
+
+
+def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> str:
+    """What a parameter of the blocks takes of each memory."""
+    element, blocks = BYTES_PER_ELEMENT[context.workload.dtype], context.shape.num_blocks
+    on_gpu = f"{element} bytes on the GPU"
+    if settings.streams:
+        on_gpu += f" for {settings.weight_slots} blocks at a time"
+    on_host = f"{element + state_bytes(element, settings.moments):.3g} bytes on the host"
+    if settings.disk_blocks:
+        on_host += f" ({element} of them where the rest is on disk)"
+    return (
+        f"per parameter of the blocks: {on_gpu}, {on_host}, and room for "
+        f"the gradients of {gradient_places(blocks, settings)} of {blocks} blocks"
+    )
+
+
 def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
-    """Tokens per step from which CPU and link hide behind the GPU (T* in `engines.costs.exact_offload`);
-    `None`: there is no GPU, or the profile lacks a figure."""
-    if context.machine.gpu is None:
+    """Tokens per step from which CPU and link hide behind the GPU (T* in `engines.costs.exact_offload`), in
+    one micro-batch of more and more sequences of the job's length: it belongs to machine and model, and what
+    a step takes whatever its tokens is not taken for theirs. `None`: there is no GPU, or the profile lacks a
+    figure; infinite: they never do."""
+    if context.machine.gpu is None or _hides(context, settings) is None:
         return None
+
+    def spare_s(sequences: int) -> float:
+        """By how much the GPU takes longer than what is to hide behind it."""
+        workload = replace(context.workload, batch_size=max(1, sequences), accumulation=1)
+        gpu_s, others_s = _hides(replace(context, workload=workload), settings) or (0.0, 0.0)
+        return gpu_s - others_s if sequences else -others_s
+
+    most = MOST_TOKENS // context.workload.seq_len + 1
+    sequences = bisect_left(range(most), True, key=lambda count: spare_s(count) >= 0)
+    if sequences == most:
+        return math.inf
+    above, below = spare_s(sequences), spare_s(max(0, sequences - 1))
+    beyond = above / (above - below) if above > below else 0.0
+    return context.workload.seq_len * (sequences - beyond)
+
+
+def _hides(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[float, float] | None:
+    """Seconds of a step for which the GPU hides what is beside it, and of what that is."""
     times = context.resource_s(settings)
     if times is None or not times["gpu"]:
         return None
-    slowest_s = max(times[name] for name in BESIDE_GPU)
-    window = 1.0
-    if settings.waits_for_norm:  # the next forward pass alone
-        window = 1 / 3
-    return context.workload.tokens_per_step * slowest_s / (times["gpu"] * window)
+    window = 1 / 3 if settings.waits_for_norm else 1.0  # the next forward pass alone
+    return window * times["gpu"], max(times[name] for name in BESIDE_GPU)
 
 
 def _fitting(
@@ -268,16 +303,17 @@ def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> i
 
 def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:
     exact = replace(settings, clip_by="exact")
-    crossover = hidden_above_tokens(context, exact)
+    crossover, times = hidden_above_tokens(context, exact), _hides(context, exact)
     fits = (
         context.why_missing(exact) is None
         or context.why_missing(replace(exact, clip_by="previous")) is not None
     )
-    if crossover is None or (fits and context.workload.tokens_per_step >= crossover):
+    if crossover is None or times is None or (fits and times[0] >= times[1]):
         return "exact", "clip_by=exact: gradients are clipped by their own norm; to wait for it hides"
+    until = "never hides" if crossover == math.inf else f"hides from {crossover:,.0f} tokens per step"
     return "previous", (
         "clip_by=previous: gradients are clipped by the norm of the step before, a method of its own; to "
-        f"wait for their own hides from {crossover:,.0f} tokens per step"
+        f"wait for their own {until}"
     )
 
 
@@ -287,7 +323,7 @@ def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str 
     if crossover is None or times is None:
         return None
     slowest = max(BESIDE_GPU, key=times.__getitem__)
-    return (
-        f"the slowest beside the GPU, {slowest} ({format_seconds(times[slowest])}), hides behind it from "
-        f"{crossover:,.0f} tokens per step on; this job has {tokens:,}"
-    )
+    beside = f"the slowest beside the GPU, {slowest} ({format_seconds(times[slowest])}),"
+    if crossover == math.inf:
+        return f"{beside} hides behind it with no number of tokens per step"
+    return f"{beside} hides behind it from {crossover:,.0f} tokens per step on; this job has {tokens:,}"

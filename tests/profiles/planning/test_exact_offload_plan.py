@@ -232,6 +232,29 @@ def test_from_t_star_on_the_gpu_decides(moments: str) -> None:
     assert above.bottleneck == "gpu"
 
 
+def test_t_star_belongs_to_the_machine_and_not_to_the_job() -> None:
+    """Jobs so short that starting operations takes longest, too: that is not taken for their tokens' time."""
+    stars = []
+    for sequences, length in ((1, 64), (1, 512), (4, 1024), (8, 1024)):
+        workload = Workload(batch_size=sequences, seq_len=length, dtype="bf16", checkpointing=True)
+        given = given_for_each({NAME: {"checkpointed_blocks": "all"}})
+        (found,) = recommend(H200, DEEPSEEK_1B, workload, [NAME], given)
+        stars.append(crossover(found))
+    assert max(stars) < 1.1 * min(stars)
+    assert min(stars) > 10_000
+
+
+def test_what_waits_with_the_tokens_never_hides() -> None:
+    """Hidden states that go over a slow link grow with them."""
+    assert H200.link is not None
+    slow = measured(1e9)
+    rates = {f"{way}_{kind}_bytes_per_s": slow for way in ("h2d", "d2h") for kind in ("pinned", "duplex")}
+    machine = replace(H200, link=replace(H200.link, **rates))
+    found = plan(16384, given={"hidden_states": "host", "max_grad_norm": 1.0}, machine=machine)
+    assert any("with no number of tokens" in each for each in found.reasons)
+    assert any(each.endswith("never hides") for each in found.reasons)
+
+
 def test_fewer_bytes_hide_earlier() -> None:
     stars = [crossover(plan(4096, given={"moments": each})) for each in ("fp32", "bf16", "int8")]
     assert stars == sorted(stars, reverse=True)

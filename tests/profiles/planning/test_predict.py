@@ -42,6 +42,7 @@ from profiles.planning.predict import (
     TRITON_LAUNCH_S,
     _layer_times,
     _with_pause,
+    gpu_parts,
     predict,
     resource_s,
 )
@@ -536,3 +537,20 @@ def test_what_torch_gives_back_is_not_needed() -> None:
     )
     assert gpu_bytes_needed(cost, budget) == pytest.approx(gpu_bytes_needed(without, budget), abs=2)
     assert reserved_bytes(cost, budget) > reserved_bytes(without, budget)
+
+
+@pytest.mark.parametrize(("tokens", "waits"), [(64, True), (4096, False)])
+@pytest.mark.parametrize("engine", ["exact-offload", "lsp", "native"])
+def test_parts_of_the_gpus_time_add_up_to_it(engine: str, tokens: int, waits: bool) -> None:
+    workload = Workload(batch_size=1, seq_len=tokens, dtype="bf16")
+    cost = traffic(engine, DEEPSEEK_7B, workload, parse_settings(engine, {}))
+    parts, times = gpu_parts(cost, H200, workload), resource_s(cost, H200, workload)
+    assert parts is not None
+    assert times is not None
+    assert parts.products_s + parts.between_s + parts.starting_s == pytest.approx(times["gpu"])
+    assert min(parts.products_s, parts.between_s, parts.starting_s) >= 0
+    if engine == "exact-offload":
+        assert (parts.starting_s > parts.products_s) is waits
+    assert gpu_parts(cost, replace(H200, memory=LAPTOP_CPU.memory, link=None), workload) is None or (
+        engine == "native"
+    )
