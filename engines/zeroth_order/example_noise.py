@@ -117,7 +117,7 @@ class ExampleNoise(LowRank):
         examples: int,
     ) -> None:
         super().__init__(model, layout, settings, dtype, device, examples, 1.0)
-        most = max(place.size for place in self._u_places)
+        most = max(block.places.u.size for block in self._blocks)
         self._nothing, self._r = (torch.zeros(most, dtype=torch.float32, device=device) for _ in range(2))
         self._own: dict[tuple[int, int, int], Tensor] = {}
         self._masks: dict[int, Tensor] = {}
@@ -162,17 +162,18 @@ class ExampleNoise(LowRank):
 
     def begin(self, block: int, task: Task) -> None:
         self.take_side(task)
-        if not self._blocks[block]:
+        here = self._blocks[block]
+        if not here.matrices:
             return
         how = without_updates(task.how)
         self._v.zero_()
         self._make_v(block, self._window_of(task), how)
-        place = self._both_places[block]
+        place = here.places.both
         rows = self._sides[0][: place.size].view(place.rows, place.width)
         rows[: self._rank].copy_(self._accumulators(block))
         if task.perturb:
             rows[self._rank :].zero_()
-            weight_pass.visit(self._sides[0], self._u_segments[block], how, Outputs(plus=self._sides[0]))
+            weight_pass.visit(self._sides[0], here.u_noise, how, Outputs(plus=self._sides[0]))
 
     def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
         """A_i -= lr g_i / B r_i, for the updates of all examples of a step, or of none."""
@@ -182,7 +183,9 @@ class ExampleNoise(LowRank):
         lengths = torch.tensor(rates, dtype=torch.float32).unsqueeze(1).to(self._flat.device)
         drawn = replace(without_updates(how), step=of_examples[0].step, eps=1.0)
         for block in self.blocks:
-            segment = self._u_places[block].segment([self._blocks[block][0].u_number], self._rank)
+            segment = self._blocks[block].places.u.segment(
+                [self._blocks[block].matrices[0].u_number], self._rank
+            )
             weight_pass.visit(self._nothing, segment, drawn, Outputs(plus=self._r))
             accumulators = self._accumulators(block)
             signs = self._r[: accumulators.numel()].view(accumulators.shape)
@@ -190,5 +193,5 @@ class ExampleNoise(LowRank):
 
     def _accumulators(self, block: int) -> Tensor:
         """(examples, outputs of all matrices) fp32, contiguous."""
-        place, start = self._u_places[block], self._starts[block]
+        place, start = self._blocks[block].places.u, self._blocks[block].start
         return self._flat[start : start + place.size].view(place.rows, place.width)

@@ -133,6 +133,51 @@ class _Place:
         return Segment(numbers, [start + begin for begin in begins], counts, [False] * len(counts))
 
 
+@dataclass(frozen=True, slots=True)
+class _BlockPlaces:
+    """Where what the matrices of a block have lies, in memory of its visit or in that of all blocks."""
+
+    u: _Place
+    """U, and the accumulators."""
+    v: _Place
+    both: _Place
+    """What stands beside products: the accumulators' rows, then those of U."""
+    u_alone: _Place
+    v_alone: _Place
+    """While a window is folded: one matrix after the other, however their noise is drawn."""
+
+    @staticmethod
+    def of(matrices: Sequence[LinearMatrix], rank: int, grid: int, together: bool) -> _BlockPlaces:
+        outputs, inputs = ([found.sizes[which] for found in matrices] for which in (0, 1))
+        return _BlockPlaces(
+            u=_Place(outputs, rank, grid, together),
+            v=_Place(inputs, rank, grid, together),
+            both=_Place(outputs, 2 * rank, grid, together),
+            u_alone=_Place(outputs, rank, grid, together=False),
+            v_alone=_Place(inputs, rank, grid, together=False),
+        )
+
+    def drawn_v(self, matrix: int, number: int) -> tuple[int, int, int]:
+        """`_Matrix.drawn_v` of one whose V is drawn with that `number`."""
+        if self.v.together:
+            return number, self.v.size, self.v.start(matrix)
+        return number, self.v.rows * self.v.sizes[matrix], 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The matrices with low-rank noise of a block; none where it has no such."""
+
+    matrices: Sequence[_Matrix]
+    places: _BlockPlaces
+    v_noise: Segment
+    """All of the V memory as noise."""
+    u_noise: Segment
+    """The rows of U beside products as noise."""
+    start: int
+    """Of its accumulators in those of all blocks."""
+
+
 class LowRank(TwoSided):
     """Low-rank noise of a model, in the place of `engines.zeroth_order.lora.Adapters`.
 
@@ -173,72 +218,78 @@ class LowRank(TwoSided):
             raise UserError(
                 type(model).__name__, "has no linear layer in its trained blocks", "use estimator=spsa"
             )
-        together = self.noise_together
-
-        def place(block: Mapping[str, LinearMatrix], which: int, rows: int, *, apart: bool = False) -> _Place:
-            """Of so many rows of outputs (0) or inputs (1)."""
-            sizes = [found.sizes[which] for found in block.values()]
-            return _Place(sizes, rows, ALIGNMENT_BYTES // dtype.itemsize, together and not apart)
-
-        us = [place(block, 0, rank) for block in shapes]
-        vs = [place(block, 1, rank) for block in shapes]
-        both = [place(block, 0, 2 * rank) for block in shapes]
-        for_fold = [[place(block, which, rank, apart=True) for which in (0, 1)] for block in shapes]
-
-        def room(places: Iterable[_Place], of: torch.dtype) -> Tensor:
-            return torch.zeros(max(each.size for each in places), dtype=of, device=device)
-
-        self._flat = torch.zeros(sum(each.size for each in us), dtype=torch.float32, device=device)
-        """Accumulators of all blocks."""
-        self._v = room(vs, dtype)
-        # HAZARD: graphs of the blocks know these by address, so they are filled and never replaced.
-        self._sides = [room(both, dtype) for _ in range(self.num_sides)]
-        folded = [room((each[which] for each in for_fold), torch.float32) for which in (0, 1)]
-        self._blocks: list[list[_Matrix]] = []
-        self._u_places, self._v_places, self._both_places = us, vs, both
-        self._v_segments: list[Segment] = []
-        self._u_segments: list[Segment] = []
-        self._starts: list[int] = []
-        """Of each block's accumulators in those of all."""
-        number, start = len(layout.shapes), 0
-        for block, u, v, side, fold in zip(shapes, us, vs, both, for_fold, strict=True):
-            draws = bool(block) if together else len(block)
-            numbers = [number + 2 * i for i in range(draws)]
-            of_matrix = numbers * len(block) if together else numbers
-            self._blocks.append(
-                [
-                    _Matrix(
-                        name=name,
-                        paths=places.paths,
-                        turned=places.turned,
-                        u_number=of_matrix[k],
-                        number=layout.numbers[name],
-                        drawn_v=(
-                            of_matrix[k] + 1,
-                            v.size if together else rank * v.sizes[k],
-                            v.start(k) if together else 0,
-                        ),
-                        accumulator=u.view(self._flat, k, start),
-                        v=v.view(self._v, k),
-                        sides=tuple(side.view(memory, k) for memory in self._sides),
-                        folded=(fold[0].view(folded[0], k), fold[1].view(folded[1], k)),
-                    )
-                    for k, (name, places) in enumerate(block.items())
-                ]
+        places = [
+            _BlockPlaces.of(
+                list(block.values()), rank, ALIGNMENT_BYTES // dtype.itemsize, self.noise_together
             )
-            self._v_segments.append(v.segment([each + 1 for each in numbers], rank))
-            self._u_segments.append(side.segment(numbers, rank))
-            self._starts.append(start)
-            number, start = number + 2 * draws, start + u.size
-        everything = [matrix for block in self._blocks for matrix in block]
+            for block in shapes
+        ]
+
+        def room(of: Iterable[_Place], kind: torch.dtype) -> Tensor:
+            return torch.zeros(max(each.size for each in of), dtype=kind, device=device)
+
+        elements = sum(each.u.size for each in places)
+        self._flat = torch.zeros(elements, dtype=torch.float32, device=device)
+        """Accumulators of all blocks."""
+        self._v = room((each.v for each in places), dtype)
+        # HAZARD: graphs of the blocks know these by address, so they are filled and never replaced.
+        self._sides = [room((each.both for each in places), dtype) for _ in range(self.num_sides)]
+        folded = (
+            room((each.u_alone for each in places), torch.float32),
+            room((each.v_alone for each in places), torch.float32),
+        )
+        self._blocks: list[_Block] = []
+        number, start = len(layout.shapes), 0
+        for block, place in zip(shapes, places, strict=True):
+            draws = bool(block) if self.noise_together else len(block)
+            numbers = [number + 2 * i for i in range(draws)]
+            self._blocks.append(
+                _Block(
+                    matrices=self._matrices(block, place, numbers, start, folded, layout),
+                    places=place,
+                    v_noise=place.v.segment([each + 1 for each in numbers], rank),
+                    u_noise=place.both.segment(numbers, rank),
+                    start=start,
+                )
+            )
+            number, start = number + 2 * draws, start + place.u.size
+        everything = [matrix for block in self._blocks for matrix in block.matrices]
         self.tensors = {f"{matrix.name}.{self.suffix}": matrix.accumulator for matrix in everything}
         """A^T of every matrix, (rank, outputs) fp32: part of a checkpoint."""
         self.numbers: dict[str, int] = {}
         """Of the tensors whose updates are noise times one number."""
-        self.blocks = tuple(index for index, here in enumerate(self._blocks) if here)
+        self.blocks = tuple(index for index, here in enumerate(self._blocks) if here.matrices)
         """Those with such matrices."""
         self._by_name = {matrix.name: matrix for matrix in everything}
         self._by_module: dict[nn.Module, _Matrix] = {}
+
+    def _matrices(
+        self,
+        block: Mapping[str, LinearMatrix],
+        place: _BlockPlaces,
+        numbers: Sequence[int],
+        start: int,
+        folded: tuple[Tensor, Tensor],
+        layout: ModelLayout,
+    ) -> list[_Matrix]:
+        """Those of a block, whose accumulators begin at `start`; `numbers` are those of their U, or of what
+        they draw in common."""
+        of_each = list(numbers) * len(block) if self.noise_together else numbers
+        return [
+            _Matrix(
+                name=name,
+                paths=found.paths,
+                turned=found.turned,
+                u_number=number,
+                number=layout.numbers[name],
+                drawn_v=place.drawn_v(k, number + 1),
+                accumulator=place.u.view(self._flat, k, start),
+                v=place.v.view(self._v, k),
+                sides=tuple(place.both.view(memory, k) for memory in self._sides),
+                folded=(place.u_alone.view(folded[0], k), place.v_alone.view(folded[1], k)),
+            )
+            for k, ((name, found), number) in enumerate(zip(block.items(), of_each, strict=True))
+        ]
 
     def layout(self, layout: ModelLayout) -> ModelLayout:
         """With the matrices as weights that are only read."""
@@ -291,13 +342,13 @@ class LowRank(TwoSided):
 
     def _make_v(self, block: int, window: int, how: Visit) -> None:
         of = replace(how, step=max(0, window), eps=1.0)
-        weight_pass.visit(self._v, self._v_segments[block], of, Outputs(plus=self._v))
+        weight_pass.visit(self._v, self._blocks[block].v_noise, of, Outputs(plus=self._v))
 
     def start_fold(self, block: int, window: int, how: Visit) -> None:
         """What the block gathered in `window` is put aside, and its accumulators begin anew."""
         self._v.zero_()
         self._make_v(block, window, without_updates(how))
-        for matrix in self._blocks[block]:
+        for matrix in self._blocks[block].matrices:
             torch.mul(matrix.accumulator, self._scale, out=matrix.folded[0])
             matrix.folded[1].copy_(matrix.v)
             matrix.accumulator.zero_()
@@ -355,8 +406,8 @@ class Lozo(LowRank):
         super().__init__(model, layout, settings, dtype, device, rank, 1 / rank)
         self.numbers = {f"{name}.lozo": matrix.u_number for name, matrix in self._by_name.items()}
         of_blocks = [
-            place.segment([matrix.u_number for matrix in here], rank, start)
-            for place, here, start in zip(self._u_places, self._blocks, self._starts, strict=True)
+            block.places.u.segment([matrix.u_number for matrix in block.matrices], rank, block.start)
+            for block in self._blocks
         ]
         self._segment = Segment(
             [number for each in of_blocks for number in each.numbers],
@@ -374,18 +425,19 @@ class Lozo(LowRank):
 
     def begin(self, block: int, task: Task) -> None:
         self.take_side(task)
-        if not self._blocks[block]:
+        here = self._blocks[block]
+        if not here.matrices:
             return
         how = without_updates(task.how)
         for memory in (self._v, *self._sides):
             memory.zero_()
         self._make_v(block, self._window_of(task), how)
-        for matrix in self._blocks[block]:
+        for matrix in here.matrices:
             for side in matrix.sides[: 1 if self._now == PLAIN else 2]:
                 torch.mul(matrix.accumulator, self._scale, out=side[: self._rank])
         if task.perturb:
             plus, minus = self._sides
-            weight_pass.visit(plus, self._u_segments[block], how, Outputs(plus=plus, minus=minus))
+            weight_pass.visit(plus, here.u_noise, how, Outputs(plus=plus, minus=minus))
 
     def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
         weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))

@@ -56,25 +56,10 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     for key in (*TRIED, "disk_blocks", "disk_weights"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
-            changes = {key: getattr(settings, key)}
-            if key in ("weights", "disk_blocks"):
-                changes["disk_weights"] = False  # which asks for both
-            without: Any = replace(found, **changes)
-            missing = context.why_missing(without)
+            missing = _missing_without(context, found, key, getattr(settings, key))
             reasons.append(f"{key}={str(chosen[key]).lower()}: without it the job {missing}")
     settings = found
-    cost = context.cost(settings)
-    read = format_bytes(cost.disk_bytes)
-    if settings.disk_weights:
-        reasons.append(
-            f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
-            "disk_folder says; weights come from there, too"
-        )
-    elif cost.disk_bytes:
-        reasons.append(
-            f"disk: {read} are read and written in each step, where disk_folder says; "
-            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
-        )
+    reasons += _of_disk(context, settings)
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
@@ -98,25 +83,55 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         chosen["clip_by"] = clip_by
         settings = given.completed(**chosen).typed
         reasons.append(reason)
-    element = BYTES_PER_ELEMENT[context.workload.dtype]
-    places = gradient_places(context.shape.num_blocks, settings)
-    on_gpu = f"{element} bytes on the GPU"
-    if settings.streams:
-        on_gpu = f"{element} bytes on the GPU for {settings.weight_slots} blocks at a time"
-    on_host = element + state_bytes(element, settings.moments)
-    host_side = f"{on_host:.3g} bytes on the host"
-    if settings.disk_blocks:
-        host_side += f" ({element} of them where the rest is on disk)"
-    reasons.append(
-        f"per parameter of the blocks: {on_gpu}, {host_side}, and room for "
-        f"the gradients of {places} of {context.shape.num_blocks} blocks"
-    )
+    reasons.append(_per_parameter(context, settings))
     if (crossover := _crossover(context, settings)) is not None:
         reasons.append(crossover)
     faster = None if "moments" in given else faster_moments(context, settings, MOMENTS[1:])
     if faster is not None:
         reasons.append(faster)
     return Choice(given.completed(**chosen), tuple(reasons))
+
+
+def _missing_without(
+    context: PlanningContext, found: ExactOffloadSettings, key: str, otherwise: object
+) -> str | None:
+    """Why `found` does not fit with `otherwise` for one of its settings."""
+    changes: dict[str, Any] = {key: otherwise}
+    if key in ("weights", "disk_blocks"):
+        changes["disk_weights"] = False  # which asks for both
+    return context.why_missing(replace(found, **changes))
+
+
+def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[str]:
+    """What a step reads and writes there, if anything."""
+    cost = context.cost(settings)
+    read = format_bytes(cost.disk_bytes)
+    if settings.disk_weights:
+        return [
+            f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
+            "disk_folder says; weights come from there, too"
+        ]
+    if cost.disk_bytes:
+        return [
+            f"disk: {read} are read and written in each step, where disk_folder says; "
+            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
+        ]
+    return []
+
+
+def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> str:
+    """What a parameter of the blocks takes of each memory."""
+    element, blocks = BYTES_PER_ELEMENT[context.workload.dtype], context.shape.num_blocks
+    on_gpu = f"{element} bytes on the GPU"
+    if settings.streams:
+        on_gpu += f" for {settings.weight_slots} blocks at a time"
+    on_host = f"{element + state_bytes(element, settings.moments):.3g} bytes on the host"
+    if settings.disk_blocks:
+        on_host += f" ({element} of them where the rest is on disk)"
+    return (
+        f"per parameter of the blocks: {on_gpu}, {on_host}, and room for "
+        f"the gradients of {gradient_places(blocks, settings)} of {blocks} blocks"
+    )
 
 
 def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
