@@ -48,7 +48,7 @@ from engines.transfer.process_group import library_peers
 from engines.transfer.rank_sums import sum_gradients, sum_of_losses
 from engines.world import divide
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class Optimizer(HoldsState, Protocol):
@@ -207,7 +207,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return [self._pass(batch) for batch in batches]
 
-    def _with_room(self, run: Callable[[], Result]) -> Result:
+    def _with_room(self, run: Callable[[], _Result]) -> _Result:
         """What `run` gives, which runs without graphs. Where memory ends in it and graphs hold some, which
         nothing else may use, once more without them: a batch of a new form needs its own beside theirs."""
         try:
