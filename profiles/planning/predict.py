@@ -277,13 +277,6 @@ def _launches_s(traffic: Traffic, machine: Machine, bound: Bound) -> list[float]
     return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
 
 
-def _launch_s(traffic: Traffic, machine: Machine, side: Bound) -> float:
-    """Seconds that starting one operation takes, with autograd where there is a backward pass."""
-    if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
-        return _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, side)
-    return _seconds(_undisturbed(machine.cpu.training_launch_s), LAUNCH_S, side)
-
-
 def _launch_s(traffic: Traffic, machine: Machine, bound: Bound) -> float:
     """Seconds that starting one operation takes, with autograd where there is a backward pass."""
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
