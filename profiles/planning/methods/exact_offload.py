@@ -57,7 +57,8 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
             missing = _missing_without(context, found, key, getattr(settings, key))
-            reasons.append(f"{key}={str(chosen[key]).lower()}: without it the job {missing}")
+            why = "a step is faster with it" if missing is None else f"without it the job {missing}"
+            reasons.append(f"{key}={str(chosen[key]).lower()}: {why}")
     settings = found
     reasons += _of_disk(context, settings)
     if settings.moments != "fp32":
@@ -186,7 +187,7 @@ def _fitting(
     for kept in moments:
         fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
         if fitting:
-            return _fastest(context, fitting)
+            return _fastest_of_weights(context, given, fitting)
     if "disk_blocks" not in given and settings.offload:
         exact_ones = [each for each in tried if each.moments == moments[0]]
         # Their states alone, and where that is not enough their weights, too.
@@ -217,6 +218,39 @@ def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) 
     """The first that is as fast as any, by prediction."""
     times = [context.step_s(each) or 0.0 for each in fitting]
     return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times))
+
+
+def _fastest_of_weights(
+    context: PlanningContext, given: GivenSettings, fitting: Sequence[ExactOffloadSettings]
+) -> ExactOffloadSettings:
+    """Likewise; of resident and of streamed weights the fastest once it is settled which blocks run again, to
+    which streamed ones leave more room."""
+    found = [
+        _fastest(context, of_place)
+        for place in WEIGHTS
+        if (of_place := [each for each in fitting if each.weights == place])
+    ]
+    if len(found) == 1 or "checkpointed_blocks" in given or not context.workload.checkpointing:
+        return _fastest(context, found)
+    times = [_step_s_where_fewest_run_again(context, each) for each in found]
+    return next(each for each, time_s in zip(found, times, strict=True) if time_s <= AS_FAST * min(times))
+
+
+def _step_s_where_fewest_run_again(context: PlanningContext, settings: ExactOffloadSettings) -> float:
+    """Seconds of a step in which as many blocks keep activations, or what products give, as have room."""
+    usable, blocks = context.budget.fillable_gpu_bytes, context.shape.num_blocks
+    found = [context.step_s(settings) or 0.0]
+    kept: tuple[Literal["all", "products"], ...] = ("all",) if settings.dropout else ("all", "products")
+    for each in kept:
+        trial: ExactOffloadSettings = replace(settings, kept_activations=each)
+
+        def fits(count: int, trial: ExactOffloadSettings = trial) -> bool:
+            cost = context.cost(replace(trial, checkpointed_blocks=count))
+            return gpu_bytes_needed(cost, context.budget) <= (usable or 0)
+
+        fewest = bisect_left(range(blocks), True, key=fits)
+        found.append(context.step_s(replace(trial, checkpointed_blocks=fewest)) or 0.0)
+    return min(found)
 
 
 def _partly_on_disk(

@@ -129,7 +129,7 @@ def large_host(total_bytes: int) -> Machine:
     [
         (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
         (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
-        (LLAMA_30B, 32768, 560, 141, {}),
+        (LLAMA_30B, 32768, 560, 141, {"weights": "streamed"}),  # room for activations
         (LLAMA_30B, 32768, 340, 80, {"weights": "streamed", "moments": "bf16"}),
         (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
         (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
