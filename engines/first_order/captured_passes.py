@@ -69,6 +69,14 @@ class CapturedPasses:
             losses.append(self._replay(form, has_padding(batch.inputs), is_first=index == 0).clone())
         return losses
 
+    def forget(self) -> None:
+        """Let go of all graphs and of the gradients that they make; forms that were seen are captured anew.
+        The caller lets go of the parameters' gradients."""
+        for form in self._forms.values():
+            form.first = form.later = None
+        self._gradients = None
+        self._pool = _cuda.graph_pool_handle()
+
     def _form(self, batch: Batch) -> _Form | None:
         """`None`: too early, or a form too many."""
         padded = has_padding(batch.inputs)

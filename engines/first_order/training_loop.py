@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from engines.transfer.process_group import library_peers
 from engines.transfer.rank_sums import sum_gradients, sum_of_losses
 from engines.world import divide
 
+_Result = TypeVar("_Result")
+
 
 class Optimizer(HoldsState, Protocol):
     """What the loop asks of an optimizer; any of torch's form has it."""
@@ -77,10 +79,13 @@ class TrainingLoop:
         """What of the settings could not be had, and why."""
         self._regions: TrainingRegions | None = None
         self._head_loss: HeadLoss | None = None
-        self._captured: CapturedPasses | None = None
+        self.captured: CapturedPasses | None = None
+        """Graphs of whole passes; `None`: there are none."""
         self._is_compiled = False
         self._share = 1.0
         self._has_replayed = False
+        self._has_released = False
+        """Graphs have been let go once, for lack of memory."""
         self.is_sharded = False
         """Several ranks have parts of the weights, and act together."""
 
@@ -107,7 +112,7 @@ class TrainingLoop:
         if graphs and self.is_sharded and self.device.type == "cuda":
             self.notes.append("no CUDA graph: several GPUs bring a block's weights together while it waits")
         elif self.device.type == "cuda" and graphs and not draws_random_numbers(model):
-            self._captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
+            self.captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
 
     def _chunk_loss(self, *, compiled: bool) -> None:
         """As the settings say. Raises `UserError` where the model's loss is of another form."""
@@ -173,21 +178,21 @@ class TrainingLoop:
         """Losses of this rank's micro-batches, as shares of the mean of all; gradients are where the
         optimizer looks."""
         self._has_replayed = False
-        if self._captured is not None:
+        if self.captured is not None:
             try:
-                found = self._captured.step(batches)
+                found = self.captured.step(batches)
             except RuntimeError as error:
-                self._captured = None
+                self.captured = None
                 self.notes.append(f"no CUDA graph: {_first_line(error)}")
                 found = None
-            if self._captured is None:
+            if self.captured is None:
                 self._give_back()
             if found is not None:
                 self._has_replayed = True
                 return found
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            return [self._pass(batch) for batch in batches]
+            return self._with_room(lambda: [self._pass(batch) for batch in batches])
         except torch._dynamo.exc.TorchDynamoException as error:
             if not self._is_compiled or self.steps_done > 0:
                 raise
@@ -202,9 +207,32 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return [self._pass(batch) for batch in batches]
 
+    def _with_room(self, run: Callable[[], _Result]) -> _Result:
+        """What `run` gives, which runs without graphs. Where memory ends in it and graphs hold some, which
+        nothing else may use, once more without them: a batch of a new form needs its own beside theirs."""
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            if self.captured is None:
+                raise
+        # HAZARD: not while the error is handled, whose frames hold what the passes had.
+        self._release_graphs()
+        return run()
+
+    def _release_graphs(self) -> None:
+        """Let them go; from the second time on for good, as batches of too many forms come."""
+        assert self.captured is not None
+        if self._has_released:
+            self.captured = None
+            self.notes.append("no CUDA graph: batches of other lengths find no room beside it")
+        else:
+            self.captured.forget()
+        self._has_released = True
+        self._give_back()
+
     def _give_back(self) -> None:
-        """What a capture that failed had: compiled passes lie in circles of references, which only the
-        collector ends, and their memory in a pool that nothing else may use."""
+        """What graphs had: compiled passes lie in circles of references, which only the collector ends, and
+        their memory in a pool that nothing else may use."""
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
@@ -219,7 +247,8 @@ class TrainingLoop:
         """Loss and accuracy in evaluation mode."""
         if self._head_loss is not None:
             batches = (part for batch in batches for part in batch.in_parts(self._head_loss.tokens))
-        found = evaluate_on_device(self.model, batches, self.device)
+        given = list(batches)
+        found = self._with_room(lambda: evaluate_on_device(self.model, given, self.device))
         if self.is_sharded:
             put_down(self.model)
         return found
@@ -249,7 +278,7 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Let go of the graphs, and give the blocks their own forward back."""
-        self._captured = None
+        self.captured = None
         if self._regions is not None:
             self._regions.remove()
         if self._head_loss is not None:

@@ -98,11 +98,13 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
     model.eval()
     arguments = without_cache(model)
     total = EvaluationSum()
-    with torch.no_grad():
-        for batch in batches:
-            inputs = with_mask(to_device(batch, device))
-            with known_padding(has_padding(batch.inputs)):
-                output = model(**inputs, **arguments)
-            total.add(output, inputs)
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                inputs = with_mask(to_device(batch, device))
+                with known_padding(has_padding(batch.inputs)):
+                    output = model(**inputs, **arguments)
+                total.add(output, inputs)
+    finally:
+        model.train(was_training)
     return total.result()

@@ -12,6 +12,7 @@ import torch
 
 from engines.base import Batch, Context
 from engines.errors import NonFiniteLoss, UserError
+from engines.first_order import training_loop
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.methods.native import Native
 from engines.model.blocks import TORCH_DTYPE, find_blocks
@@ -217,6 +218,67 @@ def test_compiled_steps_are_those_of_the_plain_loop_within_a_few_roundings(famil
         assert not engine.notes
         for name, tensor in weights(engine).items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+class Graphs:
+    """In the place of captured passes: holds memory that nothing else may use, and knows no batch yet."""
+
+    def __init__(self) -> None:
+        self.has_memory = True
+        self.forgotten = 0
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        self.has_memory = True
+
+    def forget(self) -> None:
+        self.has_memory = False
+        self.forgotten += 1
+
+
+def test_a_batch_of_another_form_has_the_memory_of_graphs_where_it_must(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where sequences are padded to the longest: each new length runs without graphs, beside theirs. The
+    same losses and weights; from the second time on there are none."""
+    batches = tiny_batches(4, "llama")
+    expected = native(tiny_blueprint("llama", False), context())
+    losses = [expected.step([batch]).loss for batch in batches]
+    evaluated = expected.evaluate(batches)
+
+    engine, graphs = native(tiny_blueprint("llama", False), context()), Graphs()
+    loop: Any = engine.loop
+    loop.captured = graphs
+    run, judge = training_loop.run_passes, training_loop.evaluate_on_device
+
+    def short_of_memory(does: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if loop.captured is not None and graphs.has_memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return does(*args)
+
+        return call
+
+    monkeypatch.setattr(training_loop, "run_passes", short_of_memory(run))
+    monkeypatch.setattr(training_loop, "evaluate_on_device", short_of_memory(judge))
+    assert [engine.step([batch]).loss for batch in batches[:1]] == losses[:1]
+    assert (graphs.forgotten, loop.captured, loop.notes) == (1, graphs, [])
+    assert [engine.step([batch]).loss for batch in batches[1:]] == losses[1:]
+    assert loop.captured is None
+    assert len(loop.notes) == 1
+    assert "no CUDA graph" in loop.notes[0]
+    assert engine.evaluate(iter(batches)) == evaluated
+    own, other = weights(engine), weights(expected)
+    assert all(torch.equal(own[name], other[name]) for name in other)
+
+
+def test_memory_that_ends_without_graphs_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = native(tiny_blueprint("llama", False), context())
+    monkeypatch.setattr(training_loop, "run_passes", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step(tiny_batches(1, "llama"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
