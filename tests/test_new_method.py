@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import toy_method
+from python_path import python_path
 from tiny_machine import make_machine
 from typer.testing import CliRunner
 
@@ -31,7 +32,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(ENGINES, toy_method.NAME, toy_method.ROW)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "sitecustomize.py").write_text("import toy_method\ntoy_method.register()\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}:{SUPPORT}:{Path(__file__).parent.parent}")
+    monkeypatch.setenv("PYTHONPATH", python_path(tmp_path / "path", SUPPORT, Path(__file__).parent.parent))
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ class StudyPlan:
 
     job: Job
     test: str | None
-    """The test file; `None`: half of what is held out."""
+    """The test file; `None`: half of what is held out, with as much of each class."""
     sizes: StudySizes
     target: QualityTarget
     budget: TrialBudget

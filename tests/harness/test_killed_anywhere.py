@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from python_path import python_path
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -34,7 +35,7 @@ def disturbed(
             [*before, *command, str(first), str(stride), *kinds],
             cwd=ROOT, capture_output=True, text=True, timeout=1800,
             env={
-                **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1",
+                **os.environ, "PYTHONPATH": python_path(ROOT, SUPPORT), "OMP_NUM_THREADS": "1",
                 "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # what has begun to use CUDA cannot be forked
             },
         )  # fmt: skip

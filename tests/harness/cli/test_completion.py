@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from python_path import python_path
 
 ROOT = Path(__file__).parents[3]
 
@@ -21,7 +22,7 @@ def test_a_shell_completes_commands_and_flags(words: str, found: set[str]) -> No
         "_LSPZO_BENCH_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "harness"], env=os.environ | asked | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-P", "-m", "harness"], env=os.environ | asked | {"PYTHONPATH": python_path(ROOT)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert set(done.stdout.split()) == found, done.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from engines.base import Batch, Evaluation, StepStats
 from engines.errors import UserError
 from harness.data.batches import batches_of, tokenize
+from harness.data.token_tables import TokenTable
 from harness.data.tokenized import load_tokenized, save_tokenized
 from harness.quality.documents import StudySizes
 from harness.quality.splits import split
@@ -125,6 +128,10 @@ def reviews(folder: Path, count: int) -> Path:
     return path
 
 
+def texts(table: TokenTable) -> list[list[int]]:
+    return [table.batch([row], 48, 0).inputs["input_ids"][0].tolist() for row in range(len(table))]
+
+
 def test_development_and_test_data_are_apart_and_the_same_for_every_seed(tmp_path: Path) -> None:
     one = job(reviews(tmp_path, 400))
     shape = resolve_shape(one)
@@ -136,16 +143,36 @@ def test_development_and_test_data_are_apart_and_the_same_for_every_seed(tmp_pat
     other = split(job(reviews(tmp_path, 400), seed=7), shape, None, StudySizes(train=100, development=15))
     assert torch.equal(parts.held_out.tokens, other.held_out.tokens)
     assert torch.equal(parts.train.tokens, other.train.tokens)
-    both = whole.held_out
-    for number in range(len(parts.test)):
-        mine, its = parts.test.batch([number], 48, 0), both.batch([2 * number + 1], 48, 0)
-        assert all(torch.equal(mine.inputs[name], its.inputs[name]) for name in its.inputs)
+    everything = split(one, shape, None, StudySizes())
+    assert everything.test is not None
+    halves = texts(everything.held_out), texts(everything.test)
+    assert sorted(halves[0] + halves[1]) == sorted(texts(whole.held_out))
+    assert not any(text in halves[1] for text in halves[0])
+    assert all(text in halves[0] for text in texts(parts.held_out))
     save_tokenized(parts, tmp_path / "data.safetensors")
     again = load_tokenized(tmp_path / "data.safetensors")
     batches, others = (batches_of(each, one).test for each in (parts, again))
     assert sum(len(batch.inputs["labels"]) for batch in batches) == 20
     for mine, its in zip(batches, others, strict=True):
         assert all(torch.equal(mine.inputs[name], its.inputs[name]) for name in mine.inputs)
+
+
+@pytest.mark.parametrize("order", ["in turn", "one after the other"])
+def test_both_halves_have_as_much_of_each_class(order: str, tmp_path: Path) -> None:
+    """In whatever order a file has them; of one that has a single class nothing can be told."""
+    classes = [i % 2 if order == "in turn" else i // 20 for i in range(40)]
+    held_out = tmp_path / "held_out.tsv"
+    held_out.write_text("".join(f"film {i}\t{label}\n" for i, label in enumerate(classes)))
+    one = job(reviews(tmp_path, 40))
+    one = replace(one, data=replace(one.data, evaluate=str(held_out)))
+    parts = split(one, resolve_shape(one), None, StudySizes())
+    assert parts.test is not None
+    for part in (parts.held_out, parts.test):
+        assert part.classes is not None
+        assert Counter(part.classes.tolist()) == {0: 10, 1: 10}
+    held_out.write_text("".join(f"film {i}\t1\n" for i in range(40)))
+    with pytest.raises(UserError, match="20 rows of development data, all of one class"):
+        split(one, resolve_shape(one), None, StudySizes())
 
 
 def test_evaluations_in_larger_batches_than_training(tmp_path: Path) -> None:
@@ -168,10 +195,10 @@ def test_evaluations_in_larger_batches_than_training(tmp_path: Path) -> None:
 
 
 def test_test_data_of_its_own(tmp_path: Path) -> None:
-    one = job(reviews(tmp_path, 40))
+    one = job(reviews(tmp_path, 80))
     parts = split(one, resolve_shape(one), str(reviews(tmp_path, 30)), StudySizes())
     assert parts.test is not None
-    assert (len(parts.held_out), len(parts.test)) == (4, 30)
+    assert (len(parts.held_out), len(parts.test)) == (8, 30)
     few = job(reviews(tmp_path, 4))
     with pytest.raises(UserError, match="leaves nothing to choose by"):
         split(few, resolve_shape(few), None, StudySizes())

@@ -78,7 +78,7 @@ def test_the_recipe_of_mezo_names_its_nine_tasks() -> None:
 def toy(folder: Path, text: str = TOY) -> Path:
     (folder / "toy.toml").write_text(text)
     (folder / "data").mkdir(exist_ok=True)
-    (folder / "data/reviews.tsv").write_text("".join(f"film {i}\t{i % 2}\n" for i in range(40)))
+    (folder / "data/reviews.tsv").write_text("".join(f"film {i}\t{i % 2}\n" for i in range(80)))
     save_machine(make_machine(), folder / "machine.json")
     return folder / "toy.toml"
 

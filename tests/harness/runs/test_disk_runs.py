@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from python_path import python_path
 from scripted_runs import scripted_plan
 from settings_given import given_settings
 
@@ -116,7 +117,7 @@ def test_when_both_are_killed_nothing_is_left_to_be_found(folder: Path, tmp_path
         [sys.executable, "-P", "-c", PARENT, str(told), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": python_path(ROOT)},
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == "0\n"

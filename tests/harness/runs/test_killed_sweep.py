@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from python_path import python_path
 
 ROOT = Path(__file__).parents[3]
 SUPPORT = ROOT / "tests" / "support"
@@ -25,7 +26,7 @@ def test_what_had_finished_is_there_and_resuming_gives_the_tables_of_an_undistur
         command = [sys.executable, str(SUPPORT / "kill_sweep.py"), folder, "16", str(MOMENTS), str(MINUTES)]
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": python_path(ROOT, SUPPORT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
