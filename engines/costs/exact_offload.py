@@ -52,7 +52,7 @@ before they would have gone."""
 
 LEAST_GRADIENT_BLOCKS = 4
 
-LAUNCHES = 100
+LAUNCHES = 140
 """Per block, in launches of a model's own operations: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 

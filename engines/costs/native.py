@@ -28,7 +28,7 @@ BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
 """How often several GPUs exchange parts in a micro-batch: of a block's weights in the forward and in the
 backward pass, of its gradients, and of what is outside once each."""
 
-GATHER_LAUNCHES = 75
+GATHER_LAUNCHES = 120
 """What FSDP2 does around a block in a micro-batch, in launches: two H200s took 0.128 s for 4 x 1024 tokens
 each of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one run, engines/EXPERIMENTS.md)."""
 

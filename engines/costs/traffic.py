@@ -39,6 +39,8 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    waited_launches: int = 0
+    """The same where the CPU waits for the GPU after each, which then waits for the CPU."""
     products: int = 0
     """Matrix products, one after the other on the GPU."""
     graph_kernels: int = 0

@@ -21,9 +21,9 @@ PAGED_FACTOR = 2
 IN_FLIGHT = 2
 """Gradients of the size of the largest tensor that an optimizer inside the backward pass has at once."""
 
-OPTIMIZER_IN_BACKWARD_LAUNCHES = 3
-"""What the Python of one torch optimizer for one parameter takes, in launches: on an H200 the 1.3B LLaMA
-shape took 0.178 s without and 0.197 s with 219 of them."""
+OPTIMIZER_IN_BACKWARD_LAUNCHES = 8
+"""What the Python of one torch optimizer for one parameter takes, in launches, called by the thread of the
+backward pass: 0.175 ms in two jobs on H200s (288 and 384 of them a step), where a launch is 20 us."""
 
 GALORE_LAUNCHES = 4
 """The same for one parameter of galore-torch's AdamW: 12 operations without autograd. On an H200 they hide
@@ -33,9 +33,9 @@ DECOMPOSITION_S = 1.6e-11
 """A singular value decomposition of an (m, n) matrix over m n min(m, n): those of the 168 matrices of the
 1.3B LLaMA shape took 40 s on an H200 (engines/EXPERIMENTS.md; two runs)."""
 
-EIGHT_BIT_LAUNCHES = 15
-"""The same for one parameter of bitsandbytes' AdamW8bit, 0.5 ms of Python: 0.112 s at 1.3B on an H200, where
-the passes are one graph and the GPU has work for 0.07 s (engines/EXPERIMENTS.md; one run)."""
+EIGHT_BIT_LAUNCHES = 5
+"""The same for one parameter of bitsandbytes' AdamW8bit, which waits for the GPU after each: 0.105 ms beside
+the passes at Qwen2.5 0.5B, 0.19 at 1.3B, both on H200s."""
 
 
 def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSettings) -> Traffic:
@@ -52,7 +52,7 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
         workload,
         passes,
         3 * element + 2 * EIGHT_BIT_MOMENTS,
-        EIGHT_BIT_LAUNCHES * transformer.num_tensors(shape),
+        waited=EIGHT_BIT_LAUNCHES * transformer.num_tensors(shape),
     )
     held = {"weights": element * shape.parameters, "optimizer": 0 if settings.paged else moments}
     gradients = element * shape.parameters
@@ -157,8 +157,10 @@ def _updated(
     passes: BlockPasses,
     bytes_per_parameter: float,
     launches: int = 0,
+    waited: int = 0,
 ) -> tuple[LayerTraffic, ...]:
-    """Forward and backward of every layer with an update of its parameters."""
+    """Forward and backward of every layer with an update of its parameters: `launches` and `waited_launches`
+    of a block's."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
         replace(
@@ -166,6 +168,7 @@ def _updated(
             gpu_bytes=layer.gpu_bytes
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
             launches=layer.launches + (launches if layer.name.startswith("block.") else 0),
+            waited_launches=waited if layer.name.startswith("block.") else 0,
         )
         for layer in transformer.training_layers(shape, workload, passes)
     )

@@ -43,10 +43,15 @@ PLAIN_LAUNCHES = 14
 GATED_LAUNCHES = 40
 """Kernels of one forward pass of a block; a backward pass starts about twice as many."""
 
-STACKED_PLAIN_LAUNCHES = 22
-STACKED_GATED_LAUNCHES = 45
+STACKED_PLAIN_KERNELS = 22
+STACKED_GATED_KERNELS = 45
 """Kernels of both forward passes of a block in one batch, every product started once per half, without those
 that make noise. Counted from the modules, not traced."""
+
+STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 103, 115
+"""What it takes to start those one by one, in launches: the engine's Python visits each matrix by itself.
+Measured as time on a CPU, noise left out: 431 us for `mezo`'s block of OPT and 482 of Llama (155 and 209
+operations of torch), where an operation of the probe takes 4.1 us."""
 
 COMPILED_KERNELS = 6
 """Kernels of one forward pass of a compiled block beside its products: attention, both norms with their
@@ -81,10 +86,10 @@ CHECKPOINT_LAUNCHES = 20
 """What `torch.utils.checkpoint` adds per block: random states saved and restored, hooks on saved tensors.
 Estimated; brings native at 1.3B to 0.155 s, where 0.152 to 0.178 s were measured on an H200."""
 
-LAUNCHES_WHEN_COMPILED = 0.6
-"""What starting a compiled block takes, beside the same block operation by operation: AdamW in the backward
-pass, whose blocks are compiled and not captured, took 0.083 s at 1.3B on an H200, some 20 ms of it for 219
-optimizers. One run (engines/EXPERIMENTS.md)."""
+COMPILED_LAUNCHES = 9
+"""What starting one pass of a compiled block takes that is not captured, a backward pass being two: whatever
+it was before, a compiler leaves the same few kernels. AdamW in the backward pass took 0.53 ms a block on an
+H200 beside its optimizers, of Qwen2.5 0.5B and of OPT-1.3B (`tests/studies/prediction_grid_h200`)."""
 
 HEAD_LAUNCHES = 12
 
@@ -288,7 +293,8 @@ def _training_block(
     runs = 2 if recomputed else 1
     fills_in = how.keeps_products and not recomputed  # what lies between products
     captured = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_launches(shape)
-    launches = (2 + runs) * (captured if how.captured else block_launches(shape))
+    one_by_one = COMPILED_LAUNCHES if how.compiled else block_launches(shape)
+    launches = (2 + runs) * (captured if how.captured else one_by_one)
     launches += num_biases(shape) * how.captured
     launches += CHECKPOINT_LAUNCHES if (recomputed or fills_in) and not how.captured else 0
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
@@ -310,7 +316,7 @@ def _started(
     layer = replace(layer, products=products * workload.accumulation)
     if how.captured:
         return replace(layer, graph_kernels=max(0, count - layer.products))
-    return replace(layer, launches=int(LAUNCHES_WHEN_COMPILED * count) if how.compiled else count)
+    return replace(layer, launches=count)
 
 
 def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -321,7 +327,8 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
     launches = STACKED_GATED_LAUNCHES if shape.gated_mlp else STACKED_PLAIN_LAUNCHES
     products, kernels = 2 * len(shape.matrices), 0
     if runs_as_graphs(shape, workload):
-        launches, kernels = GRAPH_LAUNCHES, max(0, launches - products)
+        in_graph = STACKED_GATED_KERNELS if shape.gated_mlp else STACKED_PLAIN_KERNELS
+        launches, kernels = GRAPH_LAUNCHES, max(0, in_graph - products)
     block = LayerTraffic(
         name="block",
         gpu_forward_flops=2 * block_forward_flops(shape, workload),

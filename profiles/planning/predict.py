@@ -252,7 +252,10 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: 
     rates = _rates(traffic, machine, workload, bound)
     times = [_times(layer, rates) for layer in traffic.layers]
     launches = _launches_s(traffic, machine, bound)
-    return _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
+    times = _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
+    each_s = _launch_s(traffic, machine, bound)
+    waited = [each_s * layer.waited_launches for layer in traffic.layers]
+    return [replace(each, gpu_s=each.gpu_s + more) for each, more in zip(times, waited, strict=True)]
 
 
 def _with_pause(
@@ -268,17 +271,17 @@ def _with_pause(
 
 def _launches_s(traffic: Traffic, machine: Machine, bound: Bound) -> list[float]:
     """Seconds that starting each layer's work takes the CPU."""
-    cpu = machine.cpu
-
-    def each_s(figure: Figure, otherwise_s: float) -> float:
-        return _seconds(_undisturbed(figure), otherwise_s, bound)
-
-    if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
-        eager_s = each_s(cpu.forward_launch_s, FORWARD_LAUNCH_S)
-    else:
-        eager_s = each_s(cpu.training_launch_s, LAUNCH_S)
-    triton_s = OWN_LAUNCH_SHARE * each_s(cpu.triton_launch_s, TRITON_LAUNCH_S)
+    eager_s = _launch_s(traffic, machine, bound)
+    of_triton = _seconds(_undisturbed(machine.cpu.triton_launch_s), TRITON_LAUNCH_S, bound)
+    triton_s = OWN_LAUNCH_SHARE * of_triton
     return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
+
+
+def _launch_s(traffic: Traffic, machine: Machine, bound: Bound) -> float:
+    """Seconds that starting one operation takes, with autograd where there is a backward pass."""
+    if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
+        return _seconds(_undisturbed(machine.cpu.forward_launch_s), FORWARD_LAUNCH_S, bound)
+    return _seconds(_undisturbed(machine.cpu.training_launch_s), LAUNCH_S, bound)
 
 
 def _undisturbed(figure: Figure) -> Figure:

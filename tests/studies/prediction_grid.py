@@ -4,9 +4,9 @@
         [--edges-at-once 4] [--skip FOLDER]
     python tests/studies/prediction_grid.py table DIR [DIR ...]
 
-`prediction_grid.toml` lists the cells. Those in `prediction_grid_h200` and `prediction_grid_h200_evening`
-were looked at when constants of the cost model were changed (the README of the first says which), and are no
-test of them; none of the others was. `run` measures the machine
+`prediction_grid.toml` lists the cells. Those with a record in a folder beside it were looked at when
+constants of the cost model were changed (the README of `prediction_grid_h200` says which), and are no test of
+them; none of the others was. `run` measures the machine
 (`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of its own: a
 copy (fork) of one that has loaded the libraries and has no CUDA context, which spares ten seconds of loading
 them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
@@ -204,23 +204,41 @@ def emulated_link(machine: Machine, cell: GridCell) -> Emulated | None:
 # --- running ------------------------------------------------------------------------------------------
 
 
+START_CUDA = ("torchao",)
+"""Libraries that make a CUDA context as they are imported. A process that is to be copied may have none."""
+
+
+@contextlib.contextmanager
+def hidden(libraries: Sequence[str]) -> Iterator[None]:
+    """Within it they cannot be imported, as if they were not installed; copies may."""
+    for name in libraries:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in libraries:
+            del sys.modules[name]
+
+
 def serve() -> None:
     """Loads the libraries, then runs each folder that stdin names in a copy of this process, one at a time.
     Says on stdout `ready`, and for each folder the copy's process id and how it ended."""
-    import torch
-    import transformers
+    with hidden(START_CUDA):
+        import torch
+        import transformers
 
-    import harness.data.batches
-    import harness.models.blueprint
-    import harness.runs.worker as worker
-    from engines import ENGINES, load_engine
+        import harness.data.batches
+        import harness.models.blueprint
+        import harness.runs.worker as worker
+        from engines import ENGINES, load_engine
 
     loaded = (torch, transformers, harness.data.batches, harness.models.blueprint)
     assert all(loaded)
-    for name, row in ENGINES.items():
-        with contextlib.suppress(Exception):
-            if row.needs_torch:
-                load_engine(name)
+    with hidden(START_CUDA):
+        for name, row in ENGINES.items():
+            with contextlib.suppress(Exception):
+                if row.needs_torch:
+                    load_engine(name)
     assert not torch.cuda.is_initialized(), "a copy could not have a context of its own"
     print("ready", flush=True)
     for line in sys.stdin:

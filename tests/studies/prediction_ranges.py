@@ -2,7 +2,7 @@
 
     python tests/studies/prediction_ranges.py [FOLDER ...]
 
-For every step that was measured alone, in the folders of `prediction_grid.py` (all three by default) and in
+For every step that was measured alone, in the folders of `prediction_grid.py` (all four by default) and in
 reports/results: by how much the model's factor would have to widen the range of the machine's figures until
 the step is in it. Steps are in classes, by the factor that `profiles.planning.predict` gives them. Of each
 class one family after the other is left out; the factor that nine in ten of the others need is held against
@@ -30,7 +30,9 @@ from profiles.planning.predict import predict  # noqa: E402
 from tests.profiles.planning.test_published_predictions import FOLDERS, as_it_ran, runs  # noqa: E402
 from tests.studies.prediction_grid import BESIDE_OTHERS, cost_of, with_link  # noqa: E402
 
-GRIDS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night"))
+GRIDS = tuple(
+    Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night", "_midnight")
+)
 LEAST = 3
 """Steps of other families from which a factor is taken."""
 

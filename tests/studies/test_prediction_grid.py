@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import subprocess
 import sys
 from functools import cache
@@ -19,22 +21,25 @@ from tests.studies.prediction_grid import (
     cost_of,
     errors_of,
     grid_cells,
+    hidden,
     needs_as_today,
     rows_of,
     text_of,
 )
 
-FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night"))
+FOLDERS = tuple(
+    Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night", "_midnight")
+)
 """Cells of 29 November 2026 on H200 machines. Constants were changed after a look at each, as the README
-of the first says; the list has cells that nobody has seen."""
+of the first says."""
 
-CELLS = 141
+CELLS = 161
 RAN_OUT = 20
 """Of memory."""
 NOW = {
-    "step": (41, 0.0665, 0.3779),
-    "reserved GPU memory": (78, 0.0477, 0.0956),
-    "host memory": (33, 0.0150, 0.0278),
+    "step": (52, 0.0635, 0.3623),
+    "reserved GPU memory": (98, 0.0474, 0.0918),
+    "host memory": (38, 0.0150, 0.0376),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
@@ -80,7 +85,7 @@ def test_the_errors_do_not_grow(quantity: str) -> None:
 
 def test_nine_in_ten_steps_take_what_their_range_says() -> None:
     inside = [row.inside for row in rows() if row.inside is not None]
-    assert len(inside) >= 41
+    assert len(inside) >= 52
     assert sum(inside) >= INSIDE * len(inside), text_of(rows())
 
 
@@ -106,6 +111,18 @@ def test_little_that_ran_would_be_refused() -> None:
     assert len(refused) <= UNFIT_BUT_RAN, refused
 
 
+def test_a_library_that_starts_cuda_is_left_to_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "starts_cuda.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with hidden(["starts_cuda"]):
+        assert importlib.util.find_spec("starts_cuda") is None
+        with pytest.raises(ImportError):
+            importlib.import_module("starts_cuda")
+    assert importlib.import_module("starts_cuda") is not None
+
+
 def test_the_list_has_what_was_promised() -> None:
     cells = grid_cells()
     assert len(cells) >= 60
@@ -119,4 +136,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 78 |" in done.stdout
+    assert "| reserved GPU memory | 98 |" in done.stdout
