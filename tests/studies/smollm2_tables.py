@@ -38,7 +38,10 @@ TASKS = {
         ("mezo", "smollm2-135m-sst2_h200_20261129"),
         ("zo2", "smollm2-135m-sst2_h200_20261129"),
     ),
-    "SST-2, fp32": (("native", "smollm2-135m-sst2-fp32_h200_20261129"),),
+    "SST-2, fp32": (
+        ("native", "smollm2-135m-sst2-fp32_h200_20261129"),
+        ("lsp, d = n/2", "smollm2-135m-sst2-fp32-lsp_h200_20261129"),
+    ),
     "WikiText-2, bf16": (
         ("native", "smollm2-135m-wikitext2_h200_20261129"),
         ("lora", "smollm2-135m-wikitext2-lora_h200_20261129"),
@@ -180,7 +183,7 @@ class Seconds:
     setup_s: float
     step_s: float
     predicted_s: float | None
-    """Of a step."""
+    """Of a step; `None` on an emulated machine, whose own GPU is predicted for."""
     processes: int
 
 
@@ -191,17 +194,20 @@ def seconds_to(steps: int, run: Run) -> float:
     return sum(sample.step_s for sample in first) + max(0, steps - len(first)) * usual_s
 
 
-def seconds(method: MethodSeeds, value: float, folder: Path) -> Seconds | None:
-    """`None`: the folder has no run of it that ended well, or some seed did not reach the value."""
+def seconds(method: MethodSeeds, value: float, folder: Path) -> Seconds | str:
+    """In words: why the folder has none, as no run of it ended well or some seed did not reach the value."""
     steps = method.steps_to(value)
     reached = tuple(each for each in steps if each is not None)
     engine = method.label.partition(",")[0]
     runs = [load_run(path) for path in sorted(folder.glob(f"runs/{engine}-*.json"))]
+    ends = [(run.end_state, len(run.samples)) for run in runs if run.end_state != "ok"]
     runs = [run for run in runs if run.end_state == "ok"]
-    if not runs or len(reached) < len(steps):
-        return None
+    if len(reached) < len(steps):
+        return "not reached"
+    if not runs:
+        return f"{ends[0][0]} after {ends[0][1]} steps" if ends else "not measured"
     setups = [run.summary.setup_s for run in runs if run.summary.setup_s is not None]
-    predicted = runs[0].predicted
+    predicted = None if runs[0].emulation is not None else runs[0].predicted
     return Seconds(
         steps=reached,
         train_s=tuple(seconds_to(each, run) for each in reached for run in runs),
@@ -229,11 +235,11 @@ def seconds_table() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _seconds(found: Seconds | None) -> str:
-    if found is None:
-        return "not measured"
+def _seconds(found: Seconds | str) -> str:
+    if isinstance(found, str):
+        return found
     middle, low, high = (
-        f"{each:.2g}" if each < 10 else f"{each:.0f}"
+        f"{each:.1f}" if each < 10 else f"{each:.0f}"
         for each in (statistics.median(found.train_s), min(found.train_s), max(found.train_s))
     )
     predicted = "" if found.predicted_s is None else f", {1000 * found.predicted_s:.0f} predicted"

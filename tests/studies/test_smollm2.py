@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from smollm2_tables import TASKS, _steps_to, beside, first_rung, methods_of, table
+from smollm2_tables import TASKS, _steps_to, beside, first_rung, methods_of, seconds_table, table
 
 from harness.quality.documents import QualityTarget
 
@@ -20,6 +20,14 @@ PAGE = Path(__file__).parent / "smollm2" / "README.md"
 def test_the_page_has_the_tables_of_the_records(task: str) -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     for line in (*table(task), *first_rung(task)):
+        assert line in lines
+
+
+def test_the_page_has_the_seconds_of_the_records() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    told = list(seconds_table())
+    assert len(told) == 6
+    for line in told:
         assert line in lines
 
 

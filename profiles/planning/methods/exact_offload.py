@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,8 +22,8 @@ NO_SLOWER = 1.001
 again takes 0.008 of a step that the GPU decides."""
 
 NEAR_FASTEST = 1.02
-"""Streamed blocks have room on the GPU until a step is this near to what all that fit would make it: each
-brings less than the one before it is worth in memory that stays free."""
+"""A step this near to the fastest does where that would need more copies, or more room on the GPU for
+streamed blocks."""
 
 MOST_TOKENS = 1 << 24
 """What does not hide with so many tokens a step never does."""
@@ -56,8 +56,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     for key in (*TRIED, "disk_blocks", "disk_weights"):
         if key not in given and getattr(found, key) != getattr(settings, key):
             chosen[key] = getattr(found, key)
-            missing = _missing_without(context, found, key, getattr(settings, key))
-            why = "a step is faster with it" if missing is None else f"without it the job {missing}"
+            why = _why(context, given, found, key, getattr(settings, key))
             reasons.append(f"{key}={str(chosen[key]).lower()}: {why}")
     settings = found
     reasons += _of_disk(context, settings)
@@ -93,14 +92,24 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return Choice(given.completed(**chosen), tuple(reasons))
 
 
-def _missing_without(
-    context: PlanningContext, found: ExactOffloadSettings, key: str, otherwise: object
-) -> str | None:
-    """Why `found` does not fit with `otherwise` for one of its settings."""
+def _why(
+    context: PlanningContext,
+    given: GivenSettings,
+    found: ExactOffloadSettings,
+    key: str,
+    otherwise: object,
+) -> str:
+    """Why one of the settings of `found` is not `otherwise`: the job would not fit, or would be slower."""
     changes: dict[str, Any] = {key: otherwise}
     if key in ("weights", "disk_blocks"):
         changes["disk_weights"] = False  # which asks for both
-    return context.why_missing(replace(found, **changes))
+    without = replace(found, **changes)
+    missing = context.why_missing(without)
+    if missing is not None:
+        return f"without it the job {missing}"
+    times = (context.step_s(_finished(context, given, each)) for each in (found, without))
+    with_it, without_it = map(format_seconds, times)
+    return f"with the room that it leaves a step takes {with_it}, without it {without_it}"
 
 
 def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[str]:
@@ -187,7 +196,7 @@ def _fitting(
     for kept in moments:
         fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
         if fitting:
-            return _fastest_of_weights(context, given, fitting)
+            return _fastest(context, given, fitting)
     if "disk_blocks" not in given and settings.offload:
         exact_ones = [each for each in tried if each.moments == moments[0]]
         # Their states alone, and where that is not enough their weights, too.
@@ -201,7 +210,7 @@ def _fitting(
                 if (found := _partly_on_disk(context, each, disk_weights=disk_weights)) is not None
             ]
             if on_disk:
-                return _fastest(context, on_disk)
+                return _fastest(context, given, on_disk)
     if "gradient_blocks" not in given and settings.gradient_blocks == "auto":
         fewer = _fitting(context, given, replace(settings, gradient_blocks=FEWEST_GRADIENT_BLOCKS))
         if context.why_missing(fewer) is None:
@@ -214,43 +223,24 @@ def _fitting(
     return least
 
 
-def _fastest(context: PlanningContext, fitting: Sequence[ExactOffloadSettings]) -> ExactOffloadSettings:
-    """The first that is as fast as any, by prediction."""
-    times = [context.step_s(each) or 0.0 for each in fitting]
-    return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= AS_FAST * min(times))
-
-
-def _fastest_of_weights(
+def _fastest(
     context: PlanningContext, given: GivenSettings, fitting: Sequence[ExactOffloadSettings]
 ) -> ExactOffloadSettings:
-    """Likewise; of resident and of streamed weights the fastest once it is settled which blocks run again, to
-    which streamed ones leave more room."""
-    found = [
-        _fastest(context, of_place)
-        for place in WEIGHTS
-        if (of_place := [each for each in fitting if each.weights == place])
-    ]
-    if len(found) == 1 or "checkpointed_blocks" in given or not context.workload.checkpointing:
-        return _fastest(context, found)
-    times = [_step_s_where_fewest_run_again(context, each) for each in found]
-    return next(each for each, time_s in zip(found, times, strict=True) if time_s <= AS_FAST * min(times))
+    """The first that is nearly as fast as any, by prediction, each with what else is chosen for it."""
+    times = [context.step_s(_finished(context, given, each)) or 0.0 for each in fitting]
+    enough_s = NEAR_FASTEST * min(times)
+    return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= enough_s)
 
 
-def _step_s_where_fewest_run_again(context: PlanningContext, settings: ExactOffloadSettings) -> float:
-    """Seconds of a step in which as many blocks keep activations, or what products give, as have room."""
-    usable, blocks = context.budget.fillable_gpu_bytes, context.shape.num_blocks
-    found = [context.step_s(settings) or 0.0]
-    kept: tuple[Literal["all", "products"], ...] = ("all",) if settings.dropout else ("all", "products")
-    for each in kept:
-        trial: ExactOffloadSettings = replace(settings, kept_activations=each)
-
-        def fits(count: int, trial: ExactOffloadSettings = trial) -> bool:
-            cost = context.cost(replace(trial, checkpointed_blocks=count))
-            return gpu_bytes_needed(cost, context.budget) <= (usable or 0)
-
-        fewest = bisect_left(range(blocks), True, key=fits)
-        found.append(context.step_s(replace(trial, checkpointed_blocks=fewest)) or 0.0)
-    return min(found)
+def _finished(
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+) -> ExactOffloadSettings:
+    """With what the memory that is left is used for: activations that are kept, room for streamed blocks."""
+    if context.workload.checkpointing and "checkpointed_blocks" not in given:
+        settings, _ = _recomputed(context, given, settings)
+    if settings.streams and "weight_slots" not in given:
+        settings = replace(settings, weight_slots=_weight_slots(context, settings))
+    return settings
 
 
 def _partly_on_disk(
@@ -303,16 +293,21 @@ def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings)
     blocks, usable = context.shape.num_blocks, context.budget.fillable_gpu_bytes
     if usable is None:
         return blocks, math.inf
-    times: dict[int, float] = {}
-    for count in range(blocks + 1):
-        with_count = replace(settings, checkpointed_blocks=count)
-        step_s = context.step_s(with_count)
-        if step_s is not None and gpu_bytes_needed(context.cost(with_count), context.budget) <= usable:
-            times[count] = step_s
-    if not times:
+
+    def step_s(count: int) -> float:
+        return context.step_s(replace(settings, checkpointed_blocks=count)) or math.inf
+
+    def fits(count: int) -> bool:
+        cost = context.cost(replace(settings, checkpointed_blocks=count))
+        return gpu_bytes_needed(cost, context.budget) <= usable
+
+    counts = range(blocks + 1)
+    # One that runs again is made anew whole, so that none may take less than one.
+    fewest = 0 if fits(0) else bisect_left(counts, True, key=fits)
+    if fewest > blocks or (least_s := step_s(fewest)) == math.inf:
         return blocks, math.inf
-    chosen = max(k for k in times if times[k] <= NO_SLOWER * min(times.values()))
-    return chosen, times[chosen]
+    chosen = bisect_right(counts, NO_SLOWER * least_s, lo=fewest, key=step_s) - 1
+    return (chosen, step_s(chosen)) if fits(chosen) else (fewest, least_s)
 
 
 def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> int:
@@ -321,18 +316,20 @@ def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> i
     usable = context.budget.fillable_gpu_bytes
     if usable is None:
         return settings.weight_slots
-    times: dict[int, float] = {}
-    for count in range(settings.weight_slots, context.shape.num_blocks):
-        with_count = replace(settings, weight_slots=count)
-        step_s = context.step_s(with_count)
-        if step_s is None or gpu_bytes_needed(context.cost(with_count), context.budget) > usable:
-            break
-        times[count] = step_s
-    fastest_s = min(times.values(), default=0.0)
-    return min(
-        (count for count in times if times[count] <= NEAR_FASTEST * fastest_s),
-        default=settings.weight_slots,
-    )
+
+    def step_s(count: int) -> float:
+        return context.step_s(replace(settings, weight_slots=count)) or math.inf
+
+    def is_too_much(count: int) -> bool:
+        cost = context.cost(replace(settings, weight_slots=count))
+        return gpu_bytes_needed(cost, context.budget) > usable
+
+    counts = range(settings.weight_slots, context.shape.num_blocks)
+    fitting = counts[: bisect_left(counts, True, key=is_too_much)]
+    if not fitting:
+        return settings.weight_slots
+    enough_s = NEAR_FASTEST * step_s(fitting[-1])
+    return fitting[bisect_left(fitting, True, key=lambda count: step_s(count) <= enough_s)]
 
 
 def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:

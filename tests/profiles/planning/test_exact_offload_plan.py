@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -129,8 +130,14 @@ def large_host(total_bytes: int) -> Machine:
     [
         (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
         (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
-        (LLAMA_30B, 32768, 560, 141, {"weights": "streamed"}),  # room for activations
-        (LLAMA_30B, 32768, 340, 80, {"weights": "streamed", "moments": "bf16"}),
+        (LLAMA_30B, 32768, 560, 141, {"weights": "streamed"}),
+        (
+            LLAMA_30B,
+            32768,
+            340,
+            80,
+            {"weights": "streamed", "moments": "bf16", "hidden_states": "host"},
+        ),
         (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
         (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
         (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
@@ -174,6 +181,20 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert (least.fits, least.settings["weights"], "moments" in least.settings) == (False, "streamed", False)
     given: dict[str, object] = {"weights": "resident"}
     assert not plan(4096, given=given, vram_bytes=16 * GB).fits
+
+
+def test_a_larger_card_is_no_slower() -> None:
+    """What the GPU need not hold is room for activations, which is weighed as well."""
+    times = []
+    for size in range(12, 60, 4):
+        found = plan(16384, vram_bytes=size * GB)
+        assert "moments" not in found.settings
+        assert found.prediction.step_s is not None
+        times.append(found.prediction.step_s if found.fits else float("inf"))
+    assert all(later <= 1.021 * earlier for earlier, later in itertools.pairwise(times))
+    faster = plan(32768, LLAMA_30B, machine=large_host(560 * GB), vram_bytes=141 * GB)
+    (why,) = [each for each in faster.reasons if each.startswith("weights=streamed")]
+    assert "with the room that it leaves a step takes" in why
 
 
 def test_more_blocks_have_room_where_host_memory_decides() -> None:
