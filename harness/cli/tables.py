@@ -202,11 +202,12 @@ def _run_notes(run: Run) -> Iterator[str]:
 
 def bands_missed(runs: Sequence[Run]) -> Iterator[str]:
     """That steps of a method's `runs` took less or more than the range that was predicted: a line for those
-    below it and one for those above, of each range."""
+    below it and one for those above, of each range. Not of an emulated machine: its GPU is predicted for, and
+    the GPU that computed has a speed of its own."""
     missed: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         predicted, taken_s = run.predicted, run.summary.step_s_median
-        if predicted is None or taken_s is None:
+        if predicted is None or taken_s is None or run.environment.emulated is not None:
             continue
         low_s, high_s = predicted.step_s_low, predicted.step_s_high
         if low_s is None or high_s is None or low_s <= taken_s <= high_s:

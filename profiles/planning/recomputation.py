@@ -1,5 +1,5 @@
 """Which blocks are recomputed, for methods whose settings say how blocks run: as few as fit; and whether the
-loss is computed in chunks: where nothing fits without. No torch."""
+loss is computed in chunks: where nothing fits without, or where a step is faster with it. No torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from engines.settings.given import GivenSettings
-from profiles.planning.budget import why_missing
-from profiles.planning.context import Choice, PlanningContext
+from profiles.planning.budget import FREE_SHARE, why_missing
+from profiles.planning.context import AS_FAST, Choice, PlanningContext
+from profiles.units import format_seconds
 
 LOSS_TOKENS = 1024
 """Positions of a chunk: enough for full speed in products with a vocabulary."""
@@ -19,13 +20,16 @@ read anew for each chunk, which no prediction counts."""
 
 
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
-    """`checkpointed_blocks`, where --checkpointing allows any; `loss_tokens`, where nothing fits without it;
-    and no compiler where there is no GPU."""
+    """`checkpointed_blocks`, where --checkpointing allows any; `loss_tokens`, where nothing fits without it
+    or a step is faster with it; `graphs`, where nothing fits with them; and no compiler where there is no
+    GPU."""
     found = _fewest(context, given)
     if context.machine.gpu is None or not hasattr(given.typed, "loss_tokens"):
         return found
     missing = context.why_missing(found.settings.typed)
-    return found if missing is None else _in_chunks(context, given, missing) or found
+    if missing is None:
+        return _faster_in_chunks(context, given, found)
+    return _in_chunks(context, given, missing) or _without_graphs(context, given, missing) or found
 
 
 def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -42,11 +46,52 @@ def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
         return Choice(given)
     if fewest == 0:
         reason = "all activations fit, so that nothing is computed twice"
-    elif fewest == count:
-        reason = "every block runs again in the backward pass; fewer do not fit"
     else:
-        reason = f"the first {fewest} of {count} run again in the backward pass; fewer do not fit"
+        less: Any = given.completed(checkpointed_blocks=fewest - 1).typed
+        spare = f"leave less than {FREE_SHARE:.0%} of the GPU free"
+        why = "do not fit" if context.why_missing(less) else spare
+        which = "every block runs" if fewest == count else f"the first {fewest} of {count} run"
+        reason = f"{which} again in the backward pass; fewer {why}"
     return Choice(given.completed(checkpointed_blocks=fewest), (f"checkpointed_blocks={fewest}: {reason}",))
+
+
+def _faster_in_chunks(context: PlanningContext, given: GivenSettings, whole: Choice) -> Choice:
+    """`whole`, whose loss is of all positions at once; or chunks, if the room that they leave to activations
+    makes a step faster."""
+    settings: Any = whole.settings.typed
+    if "checkpointed_blocks" in given or not settings.recomputed(
+        context.shape.num_blocks, checkpointing=True
+    ):
+        return whole
+    chunks = _in_chunks(context, given, "")
+    if chunks is None:
+        return whole
+    before, after = (context.step_s(each.settings.typed) for each in (whole, chunks))
+    if before is None or after is None or AS_FAST * after > before:
+        return whole
+    tokens = chunks.settings.typed.loss_tokens
+    reason = (
+        f"loss_tokens={tokens}: logits leave more room to activations, {format_seconds(after)} a step, else "
+        f"{format_seconds(before)}"
+    )
+    return Choice(chunks.settings, (reason, *chunks.reasons[1:]))
+
+
+def _without_graphs(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:
+    """No CUDA graphs, if without them and their pool the job fits; `missing` is why it does not with them."""
+    if "graphs" in given or not hasattr(given.typed, "graphs"):
+        return None
+    plain = given.completed(graphs=False)
+    found = _fewest(context, plain)
+    if context.why_missing(found.settings.typed) is not None:
+        chunks = _in_chunks(context, plain, missing)
+        if chunks is None:
+            return None
+        found = chunks
+        captured = given.completed(loss_tokens=chunks.settings.typed.loss_tokens)
+        missing = context.why_missing(_fewest(context, captured).settings.typed) or missing
+    reason = f"graphs=false: with CUDA graphs and their pool it {missing}"
+    return Choice(found.settings, (reason, *found.reasons))
 
 
 def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:

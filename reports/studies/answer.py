@@ -8,11 +8,13 @@ is told whom another beats in time and in quality.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 
 from harness.quality.judge import LEAST_SEEDS, MethodResult, SeedSpread
 from harness.records.metrics import HIGHER_IS_BETTER
+from profiles.language import translated
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import MethodState, Verdict
 from reports.format import digits, span
@@ -226,6 +228,19 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     ]
     if unlike:
         yield say("study.warn_undecided", engines=say("show.list").join(unlike))
+    yield from _surroundings(study)
     dirty = {each.environment.dirty for each in study.trials}
     if dirty != {False}:
         yield say("study.warn_commit")
+
+
+def _surroundings(study: LoadedStudy) -> Iterator[str]:
+    """What trials noted of their machine, notes that differ in numbers alone once."""
+    notes: dict[str, list[str]] = {}
+    for each in study.trials:
+        for note in each.environment.notes or ():
+            notes.setdefault(re.sub(r"\d+", "", note), []).append(note)
+    for found in notes.values():
+        yield say(
+            "study.warn_surroundings", count=len(found), total=len(study.trials), note=translated(found[0])
+        )

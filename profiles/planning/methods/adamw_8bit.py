@@ -3,8 +3,6 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.settings.given import GivenSettings
 from engines.settings.libraries import AdamW8bitSettings
 from profiles.planning.context import Choice, PlanningContext
@@ -14,16 +12,12 @@ from profiles.planning.recomputation import fewest_recomputed
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """`paged` only where the moments are what does not fit: what is paged travels in every step."""
     choice = fewest_recomputed(context, given)
-    given = choice.settings
-    settings: AdamW8bitSettings = given.typed
+    settings: AdamW8bitSettings = choice.settings.typed
     if "paged" in given or context.budget.gpu_bytes is None or context.why_missing(settings) is None:
         return choice
-    if context.missing_bytes(replace(settings, paged=True)) >= context.missing_bytes(settings):
+    paged = fewest_recomputed(context, given.completed(paged=True))
+    if context.missing_bytes(paged.settings.typed) >= context.missing_bytes(settings):
         return choice
     return Choice(
-        given.completed(paged=True),
-        (
-            *choice.reasons,
-            "paged=true: moments that do not fit move to the host's memory",
-        ),
+        paged.settings, (*paged.reasons, "paged=true: moments that do not fit move to the host's memory")
     )

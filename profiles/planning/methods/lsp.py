@@ -28,11 +28,39 @@ WAYS_OUT = (
 )
 
 
+STREAMED_FASTER, STREAMED_AS_FAST = 0.95, 1.05
+"""A step with streamed weights within the first factor of that with all of them on the GPU is worth its
+copies; within the second where the room that they leave makes subspaces larger."""
+
+
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
-    """Weights on the GPU where they fit there beside the smallest subspaces, else streamed; as few recomputed
-    blocks as fit then; the largest d that fits then and whose copies and CPU update hide; then r."""
+    """Weights on the GPU where they fit there beside the smallest subspaces, else streamed, or where the room
+    that they leave makes a step faster or subspaces larger."""
+    found = _choose_for_weights(context, given, _weights(context, given))
+    settings: LspSettings = found.settings.typed
+    if "weights" in given or context.machine.gpu is None or not settings.offload or settings.residual:
+        return found
+    again = settings.recomputed(context.shape.num_blocks, checkpointing=context.workload.checkpointing)
+    if settings.streams or not (again or (settings.graphs is False and "graphs" not in given)):
+        return found  # there is room enough
+    streamed = given.completed(weights="streamed")
+    other = _choose_for_weights(context, streamed, Choice(streamed))
+    its: LspSettings = other.settings.typed
+    elements, its_elements = (core_elements(context.shape, each) for each in (settings, its))
+    before, after = (context.step_s(each) for each in (settings, its))
+    if its_elements < elements or before is None or after is None or context.why_missing(its) is not None:
+        return found
+    if after > (STREAMED_FASTER if its_elements == elements else STREAMED_AS_FAST) * before:
+        return found
+    times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
+    why = f"weights=streamed: they leave more room to activations and subspaces, {times}"
+    return Choice(other.settings, (why, *other.reasons))
+
+
+def _choose_for_weights(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:
+    """As few recomputed blocks as fit; the largest d that fits then and whose copies and CPU update hide;
+    then r."""
     shape = context.shape
-    placed = _weights(context, given)
     recomputed = _recomputed(context, placed.settings)
     given = recomputed.settings
     planner = _Planner(context=context, given=given)

@@ -280,8 +280,12 @@ class _Planner:
         fitting = [count for count in costs if why_missing(costs[count], budget) is None]
         if not fitting:
             return 0, "resident_blocks=0: the least memory; it does not fit"
-        fitting = [count for count in fitting if gpu_bytes_needed(costs[count], budget) <= usable] or fitting[
-            :1
+        # No block goes to disk that has room on the GPU.
+        away = {count: costs[count].disk_bytes for count in fitting}
+        fitting = [count for count in fitting if away[count] == min(away.values())]
+        needed = {count: gpu_bytes_needed(costs[count], budget) for count in fitting}
+        fitting = [count for count in fitting if needed[count] <= usable] or [
+            min(fitting, key=needed.__getitem__)
         ]
         most = fitting[-1]
         resident = most if budget.gpu_named else self._fewest_as_fast(fitting)

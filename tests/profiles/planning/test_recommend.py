@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +33,7 @@ from engines.costs.zo2 import resident_indices
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
+from harness.models.configs import named_shape
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.context import AS_FAST
@@ -108,11 +111,25 @@ def test_the_context_and_fragmentation_count() -> None:
     cost = traffic("native", DEEPSEEK_1B, TRAINING, parse_settings("native", {}))
     needed = gpu_bytes_needed(cost, BUDGET)
     assert needed > cost.peak_gpu_bytes + CONTEXT_BYTES
-    assert plan("native", shape=DEEPSEEK_1B, vram_bytes=needed).fits
-    assert not plan("native", shape=DEEPSEEK_1B, vram_bytes=needed - 1).fits
+
+    def fits(machine: Machine, vram_bytes: int) -> bool:
+        asked = given_for_each({"native": {"graphs": True}})
+        (found,) = recommend(machine, DEEPSEEK_1B, TRAINING, ["native"], asked, vram_bytes=vram_bytes)
+        return found.fits
+
+    assert fits(H200, needed)
+    assert not fits(H200, needed - 1)
     # What others hold of the GPU is not usable, whatever the limit.
-    taken = with_vram(H200, needed - 1)
-    assert not plan("native", machine=taken, shape=DEEPSEEK_1B, vram_bytes=needed).fits
+    assert not fits(with_vram(H200, needed - 1), needed)
+
+
+def test_without_graphs_where_they_alone_do_not_fit() -> None:
+    needed = gpu_bytes_needed(traffic("native", DEEPSEEK_1B, TRAINING, parse_settings("native", {})), BUDGET)
+    assert "graphs" not in plan("native", shape=DEEPSEEK_1B, vram_bytes=needed).settings
+    found = plan("native", shape=DEEPSEEK_1B, vram_bytes=needed - 1)
+    assert found.fits
+    assert found.settings["graphs"] is False
+    assert found.reasons[0].startswith("graphs=false: with CUDA graphs and their pool it needs")
 
 
 def test_unknown_engine_and_setting_are_the_users_errors() -> None:
@@ -708,3 +725,50 @@ def test_a_low_bit_base_is_an_explicit_choice_and_said() -> None:
     assert (first.engine, first.fits, first.settings["base"]) == ("zo2", True, "int8")
     assert "disk_blocks" not in first.settings
     assert "approximate: 8-bit base (int8)" in first.reasons
+
+
+def test_more_memory_is_no_slower() -> None:
+    """A larger card, or more that may be pinned: what was faster with less is tried with more, too."""
+    batches = Workload(batch_size=16, seq_len=1024, accumulation=4, dtype="bf16")
+    cases: list[tuple[str, ModelShape, Workload, Sequence[int]]] = [
+        ("lora", named_shape("qwen2.5-0.5b"), batches, (8, 12, 16, 20, 24)),
+        ("qlora", named_shape("qwen2.5-0.5b"), batches, (8, 12, 16, 20, 24)),
+        ("galore", named_shape("qwen2.5-0.5b"), batches, (8, 12, 16, 20, 24)),
+        ("lsp", DEEPSEEK_1B, replace(TRAINING, dtype="fp32"), (12, 16, 20, 24)),
+        ("exact-offload", DEEPSEEK_7B, replace(TRAINING, accumulation=4), (16, 20, 24, 32)),
+        ("adamw-8bit", DEEPSEEK_1B, replace(TRAINING, batch_size=8, seq_len=512), (8, 10, 12, 16)),
+    ]
+    for engine, shape, workload, cards in cases:
+        plans = [plan(engine, shape=shape, workload=workload, vram_bytes=each * 2**30) for each in cards]
+        times = [each.prediction.step_s for each in plans if each.fits]
+        assert len(times) > 1, engine
+        for smaller, larger in pairwise(times):
+            assert smaller is not None
+            assert larger is not None
+            assert larger <= 1.02 * smaller, (engine, times)
+
+
+def test_more_pinned_memory_sends_no_block_to_disk() -> None:
+    card = with_vram(H200, 16 * 2**30)
+    workload = Workload(batch_size=8, seq_len=64, dtype="fp16")
+    for pinned in (0.25, 0.9, 1.0, 1.1, 1.5, 4.0):
+        found = plan(
+            "zo2",
+            machine=card,
+            shape=named_shape("llama-2-7b"),
+            workload=workload,
+            pinned_limit_bytes=int(pinned * 2**30),
+        )
+        assert found.fits
+        assert "disk_blocks" not in found.settings, pinned
+
+
+def test_what_stays_free_of_an_unnamed_card_is_not_called_too_small() -> None:
+    """A tenth of it does; of a limit that the user named nothing."""
+    card, workload = with_vram(H200, 15 * 2**30), replace(TRAINING, batch_size=2, seq_len=1024)
+    said = {
+        name: " ".join(plan("native", machine=card, shape=DEEPSEEK_1B, workload=workload, **limit).reasons)
+        for name, limit in (("unnamed", {}), ("named", {"vram_bytes": 15 * 2**30}))
+    }
+    assert "fewer leave less than 10% of the GPU free" in said["unnamed"]
+    assert "of the GPU free" not in said["named"]

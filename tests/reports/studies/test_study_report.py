@@ -16,6 +16,7 @@ from study_records import START, read_study, rising, study_plan, trial, write_st
 
 from engines.errors import UserError
 from harness.quality.documents import parse_budget
+from harness.records.environment import busy_notes
 from profiles.language import speaking
 from reports.commands import export_tables
 from reports.load import load_folder
@@ -258,6 +259,23 @@ def test_a_trial_that_cannot_be_is_left_out_with_its_reason(
     markdown = write_report(folder) and (folder / "report.md").read_text()
     assert markdown
     assert f"trials/{path.name}" in markdown
+
+
+def test_a_machine_that_was_busy_is_a_risk(tmp_path: Path) -> None:
+    folder = two_methods(tmp_path / "study")
+    assert "Of the machine" not in " ".join(write_report(folder).warnings)
+    for number, path in enumerate(sorted((folder / "trials").glob("*.json"))[:4]):
+        values = json.loads(path.read_text())
+        values["environment"]["notes"] = list(busy_notes(7.0 + number, 2))
+        path.write_text(json.dumps(values))
+    (told,) = [each for each in write_report(folder).warnings if each.startswith("Of the machine")]
+    assert re.match(
+        r"Of the machine, in 4 of 6 trials: the processor is busy .*: \d+ processes for 2 cores", told
+    )
+    with speaking("ja"):
+        told_there = " ".join(study_verdict(load_study(folder)).warnings)
+    assert "6 件の試行中 4 件" in told_there
+    assert "processor" not in told_there
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:
