@@ -2,6 +2,9 @@
 
 Closed forms throughout: `profiles.planning.predict`. What is chosen depends on what else is, and all of it is
 one forecast.
+
+Longer than 400 lines: blocks that stay, that lie on disk and that go down rarely are chosen together, each by
+what the others leave of the same memory and time.
 """
 
 from __future__ import annotations
