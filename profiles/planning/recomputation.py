@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engines.settings.given import GivenSettings
-from profiles.planning.budget import why_missing
+from profiles.planning.budget import FREE_SHARE, why_missing
 from profiles.planning.context import AS_FAST, Choice, PlanningContext
 from profiles.units import format_seconds
 
@@ -46,10 +46,12 @@ def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
         return Choice(given)
     if fewest == 0:
         reason = "all activations fit, so that nothing is computed twice"
-    elif fewest == count:
-        reason = "every block runs again in the backward pass; fewer do not fit"
     else:
-        reason = f"the first {fewest} of {count} run again in the backward pass; fewer do not fit"
+        less: Any = given.completed(checkpointed_blocks=fewest - 1).typed
+        spare = f"leave less than {FREE_SHARE:.0%} of the GPU free"
+        why = "do not fit" if context.why_missing(less) else spare
+        which = "every block runs" if fewest == count else f"the first {fewest} of {count} run"
+        reason = f"{which} again in the backward pass; fewer {why}"
     return Choice(given.completed(checkpointed_blocks=fewest), (f"checkpointed_blocks={fewest}: {reason}",))
 
 

@@ -761,3 +761,14 @@ def test_more_pinned_memory_sends_no_block_to_disk() -> None:
         )
         assert found.fits
         assert "disk_blocks" not in found.settings, pinned
+
+
+def test_what_stays_free_of_an_unnamed_card_is_not_called_too_small() -> None:
+    """A tenth of it does; of a limit that the user named nothing."""
+    card, workload = with_vram(H200, 15 * 2**30), replace(TRAINING, batch_size=2, seq_len=1024)
+    said = {
+        name: " ".join(plan("native", machine=card, shape=DEEPSEEK_1B, workload=workload, **limit).reasons)
+        for name, limit in (("unnamed", {}), ("named", {"vram_bytes": 15 * 2**30}))
+    }
+    assert "fewer leave less than 10% of the GPU free" in said["unnamed"]
+    assert "of the GPU free" not in said["named"]
