@@ -28,9 +28,10 @@ BLOCK_GATHERED, NON_BLOCK_GATHERED = 3, 2
 """How often several GPUs exchange parts in a micro-batch: of a block's weights in the forward and in the
 backward pass, of its gradients, and of what is outside once each."""
 
-GATHER_LAUNCHES = 120
-"""What FSDP2 does around a block in a micro-batch, in launches: two H200s took 0.128 s for 4 x 1024 tokens
-each of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one run, engines/EXPERIMENTS.md)."""
+GATHER_S = 4.2e-3
+"""What the CPU does for FSDP2 around a block in a micro-batch, seconds on an H200's host: two H200s took
+0.128 s for 4 x 1024 tokens each of the 1.3B LLaMA shape, compiled, where the GPU's work is 0.065 (one run,
+engines/EXPERIMENTS.md)."""
 
 GRAPH_BYTES = 4_000_000
 """GPU memory of one block's two passes as CUDA graphs outside torch's allocator: on an H200 `lsp` with 32
@@ -130,7 +131,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         divided_weights=DividedWeights(
             kinds=("weights", "gradients", "optimizer"),
             whole_bytes=whole,
-            launches=GATHER_LAUNCHES * workload.accumulation,
+            cpu_s=GATHER_S * workload.accumulation,
         ),
     )
 

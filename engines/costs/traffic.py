@@ -39,6 +39,8 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    gathering_s: float = 0.0
+    """What the CPU does beside that where GPUs divide weights, on an H200's host."""
     waited_launches: int = 0
     """The same where the CPU waits for the GPU after each, which then waits for the CPU."""
     products: int = 0
@@ -65,8 +67,8 @@ class DividedWeights:
     """Of `gpu_memory_bytes`."""
     whole_bytes: int
     """Weights and gradients that each has whole for a time."""
-    launches: int
-    """What it takes to bring a layer's parts together and to divide its gradients, in a step."""
+    cpu_s: float
+    """What it takes the CPU to bring a layer's parts together and to divide its gradients, in a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,7 +161,7 @@ class Traffic:
                 layer,
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
-                launches=layer.launches + (weights.launches if layer.gathered_bytes else 0),
+                gathering_s=weights.cpu_s if layer.gathered_bytes else 0.0,
             )
             for layer in self.layers
         ]

@@ -274,7 +274,10 @@ def _launches_s(traffic: Traffic, machine: Machine, bound: Bound) -> list[float]
     eager_s = _launch_s(traffic, machine, bound)
     of_triton = _seconds(_undisturbed(machine.cpu.triton_launch_s), TRITON_LAUNCH_S, bound)
     triton_s = OWN_LAUNCH_SHARE * of_triton
-    return [layer.launches * eager_s + layer.triton_launches * triton_s for layer in traffic.layers]
+    return [
+        layer.launches * eager_s + layer.triton_launches * triton_s + layer.gathering_s
+        for layer in traffic.layers
+    ]
 
 
 def _launch_s(traffic: Traffic, machine: Machine, bound: Bound) -> float:

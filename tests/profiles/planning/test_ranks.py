@@ -151,6 +151,26 @@ def test_plans_of_several_say_how_they_scale() -> None:
     assert {each.engine: each.why_not for each in plans}["lora"] == "runs on one machine"
 
 
+def test_downloads_are_deferred_before_blocks_go_to_a_disk_of_unknown_speed() -> None:
+    """Ranks that share blocks have those twice that go down in a step."""
+    workload = Workload(batch_size=16, seq_len=64, dtype="fp16", accumulation=2)
+    machine = find_profile(Path("rtx-4090"))
+    plans = {}
+    for gpus, given in ((1, {}), (2, {}), (2, {"fold_every": 1})):
+        settings = {"zo2": given_settings("zo2", **given)}
+        (plan,) = recommend(machine, named_shape("opt-66b"), workload, ["zo2"], settings, gpus=gpus)
+        plans[gpus, bool(given)] = plan
+    one, two, in_each = plans[1, False], plans[2, False], plans[2, True]
+    assert two.settings.get("disk_blocks", 0) == 0
+    assert two.settings["fold_every"] > 1
+    assert any("is there twice for a step" in reason for reason in two.reasons)
+    assert one.prediction.step_s is not None
+    assert two.prediction.step_s is not None
+    assert two.prediction.step_s < one.prediction.step_s
+    assert in_each.settings["disk_blocks"] > 0
+    assert in_each.prediction.step_s is None
+
+
 def test_gpus_that_bring_nothing_and_a_way_between_them_that_is_supposed_are_said() -> None:
     """A rate between GPUs that is that of the link makes dividing native's weights a loss."""
     workload = replace(WORKLOAD, dtype="bf16", accumulation=4)
@@ -194,6 +214,16 @@ def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_o
     assert before.step_s is not None
     assert after.step_s is not None
     assert after.step_s < before.step_s
+
+
+def test_a_step_that_its_processes_cannot_divide_is_not_planned() -> None:
+    """As a run would be refused; queries of a micro-batch can be divided, too."""
+    queries = {"zo2": given_settings("zo2", queries=4)}
+    why = "has 1 micro-batch a step for 4 processes; use --accumulation 4"
+    for engine, overrides, expected in (("lsp", {}, why), ("zo2", {}, why), ("zo2", queries, None)):
+        workload = replace(WORKLOAD, dtype="bf16", accumulation=1)
+        (plan,) = recommend(H200, SHAPE, workload, [engine], overrides, gpus=4)
+        assert (plan.why_not, plan.available) == (expected, expected is None)
 
 
 def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
