@@ -69,6 +69,8 @@ class PlanningContext:
     (`profiles.planning.ranks`)."""
     local_ranks: int = 1
     """Those on its machine, which have some memory together."""
+    micro_batches: int = 1
+    """Of a whole step, which the ranks divide."""
     network_bytes_per_s: float = GIGABIT_BYTES_PER_S
     """Between machines, where there are several. No probe measures it."""
 

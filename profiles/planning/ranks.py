@@ -40,6 +40,7 @@ def context_of_a_rank(
         budget=budget_of(part, vram_bytes, of(host_bytes), of(pinned_limit_bytes)),
         ranks=gpus * nodes,
         local_ranks=gpus,
+        micro_batches=workload.accumulation,
         network_bytes_per_s=network_bytes_per_s,
     )
 

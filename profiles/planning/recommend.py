@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any, TypedDict
 
 from engines import entry, load_target
+from engines.costs.mezo import num_probes
 from engines.costs.network import network_s
 from engines.costs.traffic import Traffic
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
-from engines.settings.zeroth_order import approximation, why_no_base
+from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, reserved_bytes, why_missing
@@ -237,6 +238,12 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return "runs on one GPU"
     if context.nodes > 1 and not row.several_machines:
         return "runs on one machine"
+    probes = num_probes(settings) if isinstance(settings, MezoSettings) else 1
+    if context.ranks > context.micro_batches * probes:
+        count, of = context.micro_batches, context.ranks
+        return (
+            f"has {count} micro-batch{'es' * (count > 1)} a step for {of} processes; use --accumulation {of}"
+        )
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)

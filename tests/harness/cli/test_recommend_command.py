@@ -158,7 +158,7 @@ def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:
     done = CliRunner().invoke(app, asked)
     assert done.exception is None
     assert "--gpus 2 is more than this machine has" in done.stderr
-    assert "2 GPUs bring nothing here: on one a step takes " in " ".join(done.stdout.split())
+    assert "has 1 micro-batch a step for 2 processes; use --accumulation 2" in " ".join(done.stdout.split())
     assert "--accumulation 2 gives each one" in done.stderr
     assert "gives each one" not in CliRunner().invoke(app, [*asked, "--accumulation", "2"]).stderr
 

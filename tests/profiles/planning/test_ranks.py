@@ -216,6 +216,16 @@ def test_a_plan_of_four_takes_a_quarter_of_the_micro_batches_and_others_run_on_o
     assert after.step_s < before.step_s
 
 
+def test_a_step_that_its_processes_cannot_divide_is_not_planned() -> None:
+    """As a run would be refused; queries of a micro-batch can be divided, too."""
+    queries = {"zo2": given_settings("zo2", queries=4)}
+    why = "has 1 micro-batch a step for 4 processes; use --accumulation 4"
+    for engine, overrides, expected in (("lsp", {}, why), ("zo2", {}, why), ("zo2", queries, None)):
+        workload = replace(WORKLOAD, dtype="bf16", accumulation=1)
+        (plan,) = recommend(H200, SHAPE, workload, [engine], overrides, gpus=4)
+        assert (plan.why_not, plan.available) == (expected, expected is None)
+
+
 def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
     shape, workload = named_shape("deepseek-coder-6.7b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
     settings = given_settings("native", graphs=False).typed
