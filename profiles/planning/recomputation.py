@@ -14,9 +14,9 @@ from profiles.units import format_seconds
 LOSS_TOKENS = 1024
 """Positions of a chunk: enough for full speed in products with a vocabulary."""
 
-FEWER_LOSS_TOKENS = (256, 64)
-"""Of a smaller one, where a micro-batch is one sequence and cannot be smaller. The vocabulary's weights are
-read anew for each chunk, which no prediction counts."""
+FEWER_LOSS_TOKENS, FEWEST_LOSS_TOKENS = 256, 64
+"""Of smaller ones; the last where a micro-batch is one sequence and cannot be smaller. The vocabulary's
+weights are read anew for each chunk, which no prediction counts."""
 
 
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
@@ -100,7 +100,8 @@ def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> 
     if "loss_tokens" in given or context.shape.head != "causal_lm":
         return None
     whole = context.workload.batch_size * context.workload.seq_len
-    for chunk in (LOSS_TOKENS, *(FEWER_LOSS_TOKENS if context.workload.batch_size == 1 else ())):
+    last = (FEWEST_LOSS_TOKENS,) if context.workload.batch_size == 1 else ()
+    for chunk in (LOSS_TOKENS, FEWER_LOSS_TOKENS, *last):
         found = _fewest(context, given.completed(loss_tokens=chunk))
         if chunk < whole and context.why_missing(found.settings.typed) is None:
             reason = f"loss_tokens={chunk}: without it the job {missing}"
