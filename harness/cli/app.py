@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -91,6 +92,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Name -> `module:function` or `module:app`, and its line in `--help`, which is the first of its own help."""
 
 
+TABLE_COLUMNS = 100
+"""Of a terminal, from which `--help` is a table: in a narrower one its columns would cut words."""
+
+
+def _tell_plainly(command: Any) -> None:
+    """Let it and its own commands tell their help as text."""
+    command.rich_markup_mode = None
+    for each in getattr(command, "commands", {}).values():
+        _tell_plainly(each)
+
+
 class LazyCommand(typer.core.TyperCommand):
     """A line of `--help`, and the command itself once it is called."""
 
@@ -107,6 +119,8 @@ class LazyCommand(typer.core.TyperCommand):
             found = app_of_one
         command = typer.main.get_command(found)
         command.name = self.name
+        if shutil.get_terminal_size().columns < TABLE_COLUMNS:
+            _tell_plainly(command)
         return command
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
