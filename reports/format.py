@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from engines import EXTERNAL_PREFIX, is_external
 from harness.records.columns import CellValue, Column, RowT, Told, Unit, table_cells
 from harness.records.job import Job, ModelSource
 from harness.records.stats import Spread
@@ -204,3 +206,11 @@ def _cell(column: Column[RowT], row: RowT, value: CellValue) -> str:
     if value is None and column.missing == NOT_MEASURED:
         return say("show.nothing")
     return quantity(column.cell(row))
+
+
+def method_flags(engines: Sequence[str]) -> str:
+    """The flags of `compare` that name these methods: another trainer's is its file, by the name it has."""
+    ours = [engine for engine in engines if not is_external(engine)]
+    named = [f"--engines {','.join(ours)}"] if ours else []
+    files = (f"{engine.removeprefix(EXTERNAL_PREFIX)}.toml" for engine in engines if is_external(engine))
+    return " ".join([*named, *(f"--external {shlex.quote(file)}" for file in files)])

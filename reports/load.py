@@ -181,13 +181,20 @@ def _names(folder: Path) -> list[str] | None:
         ) from None
 
 
+def _is_of_compare(folder: Path) -> bool:
+    """Whether a comparison or a study, such as one task of a suite, lies there."""
+    return any((folder / name).exists() for name in ("runs", PLAN))
+
+
 def _load_runs(folder: Path, broken: list[Broken]) -> tuple[Run, ...]:
     names = _names(folder / "runs") or []
     files = [folder / "runs" / name for name in names if name.endswith(".json") and not name.startswith(".")]
     if not files:
-        raise UserError(
-            str(folder), "holds no runs (runs/*.json)", "run 'lspzo-bench compare' with this --out"
-        )
+        below = [name for name in _names(folder) or () if _is_of_compare(folder / name)]
+        remedy = "run 'lspzo-bench compare' with this --out"
+        if below:
+            remedy = f"name one of the folders in it, such as {folder / below[0]}"
+        raise UserError(str(folder), "holds no runs (runs/*.json)", remedy)
     runs: dict[str, Run] = {}
     known_jobs: list[dict[str, Any]] = []
     for path in files:

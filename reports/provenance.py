@@ -13,7 +13,7 @@ from profiles.language import large_count, quantity, translated
 from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
-from reports.format import Table, counted, digits, model_title, span
+from reports.format import Table, counted, digits, method_flags, model_title, span
 from reports.load import Loaded, engine_order
 from reports.messages import say
 from reports.metrics import Measurements, typical
@@ -232,11 +232,11 @@ def _about_manifest(loaded: Loaded) -> str:
 
 def commands(loaded: Loaded) -> tuple[str, ...]:
     """What to type, beside this report's folder, to make it again."""
-    engines = ",".join(sorted({run.engine for run in loaded.runs}, key=engine_order))
+    methods = method_flags(sorted({run.engine for run in loaded.runs}, key=engine_order))
     rounds = max(run.round for run in loaded.runs)
     profile = " --profile machine.json" if loaded.machine is not None else ""  # the same plans
     criteria = " --criteria criteria.toml" if loaded.criteria is not None else ""
-    sweep = f"--job job.toml --engines {engines} --rounds {rounds}"
+    sweep = f"--job job.toml {methods} --rounds {rounds}"
     return (
         f"lspzo-bench compare {sweep}{profile}{criteria} --out again",
         "lspzo-bench report again",

@@ -101,10 +101,15 @@ def why_flat(history: Sequence[Point], engine: str, dtype: Dtype) -> LossDiagnos
             f"are the same number, so eps is too small for {dtype}, or no position has a label",
             remedy=f"raise eps with --set {engine}.eps=, and check the labels",
         )
-    if not is_flat([point.loss for point in history]):
+    losses = [point.loss for point in history]
+    if not is_flat(losses):
         return None
-    first, last, steps = history[0].loss, history[-1].loss, len(history)
-    cause = f"the loss stayed flat over {steps} steps ({first:.4g} at first, {last:.4g} at last)"
+    first, steps = losses[0], len(history)
+    before, after = (statistics.fmean(third) for third in _outer_thirds(losses))
+    cause = (
+        f"the loss stayed flat over {steps} steps (a mean of {before:.4g} in the first third and of "
+        f"{after:.4g} in the last, which its scatter may be)"
+    )
     descent = sum(u.learning_rate * u.projected_gradient**2 / u.queries for u in updates)
     if not updates:
         return LossDiagnosis(
@@ -135,13 +140,17 @@ def is_flat(losses: Sequence[float]) -> bool:
 
     The standard error is that of the scatter inside the thirds. Too few steps are not flat.
     """
-    third = len(losses) // 3
     if len(losses) < FEWEST_STEPS or not all(math.isfinite(loss) for loss in losses):
         return False
-    first, last = losses[:third], losses[-third:]
+    first, last = _outer_thirds(losses)
     before, after = statistics.fmean(first), statistics.fmean(last)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / len(first))
     return abs(after - before) <= max(2 * error, 0.005 * abs(before))
+
+
+def _outer_thirds(losses: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    third = len(losses) // 3
+    return losses[:third], losses[-third:]
 
 
 def _longest_run(flags: Sequence[bool]) -> int:

@@ -15,6 +15,7 @@ from harness.records.job import DataSource
 from harness.resolve import resolve_shape
 from profiles.planning.plan import Plan
 from reports.criteria import Metric
+from reports.format import method_flags
 from reports.load import Loaded
 from reports.metrics import Measurements
 
@@ -113,19 +114,15 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
         if metric in _NEED_EVALUATION and any(run.model.random_weights for run in rounds.ok):
             continue  # it takes the real weights, and where those are nobody here knows
         if metric in _NEED_EVALUATION and rounds.ok:
-            return _again("evaluated", f"--eval-batches {EVAL_BATCHES} --engines {_names(all_)}")
+            return _again("evaluated", f"--eval-batches {EVAL_BATCHES} {method_flags(all_.engines)}")
         if rounds.ok:
             return _more(list(all_.engines), rounds=max(ENOUGH_ROUNDS, len(rounds.runs) + 2))
     return ""
 
 
-def _names(all_: Measurements) -> str:
-    return ",".join(all_.engines)
-
-
 def _more(engines: Sequence[str], *, rounds: int) -> str:
     """Runs of `engines` beside those that are there."""
-    named = f"--job job.toml --engines {','.join(engines)} --rounds {rounds} --out {FOLDER} --resume"
+    named = f"--job job.toml {method_flags(engines)} --rounds {rounds} --out {FOLDER} --resume"
     return f"lspzo-bench compare {named} && lspzo-bench report {FOLDER}"
 
 

@@ -118,6 +118,13 @@ def test_folders_without_anything_to_report(tmp_path: Path) -> None:
         load_folder(tmp_path / "good")
 
 
+def test_a_folder_of_a_suite_is_told_which_to_name(tmp_path: Path) -> None:
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews/study.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds no runs .*name one of the folders in it, such as .*/reviews"):
+        load_folder(tmp_path)
+
+
 def test_runs_that_may_not_be_read_are_not_told_as_none(tmp_path: Path) -> None:
     (tmp_path / "runs").symlink_to("runs")  # a loop: what even root cannot list
     with pytest.raises(UserError, match=r"runs: this folder cannot be read \(.*\); make it readable"):
