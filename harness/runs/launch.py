@@ -264,7 +264,7 @@ def _watch(
     """Follow the processes to their end, or say why they are to be stopped."""
     limits = request.job.limits
     deadline_s = time.monotonic() + limits.timeout_s
-    next_sample_s = next_clock_s = time.monotonic()
+    next_sample_s = time.monotonic()
     failed: int | None = None
     late = _Stop("timeout", f"took longer than {limits.timeout_s:g} s")
     while not group.has_ended():
@@ -284,21 +284,14 @@ def _watch(
                     f"used {host_bytes / 1e9:.2f} GB of host memory, the limit is "
                     f"{limits.host_bytes / 1e9:.2f} GB",
                 )
-            next_sample_s = now_s + _rest_s(busy_s)
-        if now_s >= next_clock_s:  # by themselves: to look at many processes takes far longer
-            busy_s = time.thread_time()
-            sampler.clocks.take()
-            next_clock_s = now_s + _rest_s(busy_s)
-        wakes_s = min(next_sample_s, next_clock_s, deadline_s)
+            # CPU time: a driver that lets NVML wait costs nothing, and a peak must not be missed for it.
+            cost_s = time.thread_time() - busy_s
+            next_sample_s = now_s + max(SAMPLE_INTERVAL_S, cost_s / SAMPLE_SHARE)
+        sampler.clocks.take()  # each time: that is quick, and to look at many processes is not
+        wakes_s = min(next_sample_s, now_s + SAMPLE_INTERVAL_S, deadline_s)
         lines = group.read_lines(max(0.0, wakes_s - time.monotonic()))
         _take_lines(lines, request, recordings, on_event)
     return None
-
-
-def _rest_s(busy_since_s: float) -> float:
-    """Until a sample is taken again that began at that CPU time of this thread. CPU time: a driver that lets
-    NVML wait costs nothing, and a peak must not be missed for it."""
-    return max(SAMPLE_INTERVAL_S, (time.thread_time() - busy_since_s) / SAMPLE_SHARE)
 
 
 def _failed(group: Group, work: Path) -> int | None:
