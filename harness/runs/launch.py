@@ -287,7 +287,9 @@ def _watch(
             # CPU time: a driver that lets NVML wait costs nothing, and a peak must not be missed for it.
             cost_s = time.thread_time() - busy_s
             next_sample_s = now_s + max(SAMPLE_INTERVAL_S, cost_s / SAMPLE_SHARE)
-        lines = group.read_lines(max(0.0, min(next_sample_s, deadline_s) - time.monotonic()))
+        sampler.clocks.take()  # each time: that is quick, and to look at many processes is not
+        wakes_s = min(next_sample_s, now_s + SAMPLE_INTERVAL_S, deadline_s)
+        lines = group.read_lines(max(0.0, wakes_s - time.monotonic()))
         _take_lines(lines, request, recordings, on_event)
     return None
 

@@ -34,6 +34,7 @@ class MemorySampler:
         self._roots = [psutil.Process(pid) for pid in pids]
         self._devices = devices
         self.clocks = ClockWatch(devices)
+        """To be read by itself, which is quick."""
         self.family: dict[int, psutil.Process] = {}
         """Every descendant seen, by process id."""
         self._helpers: tuple[frozenset[tuple[int, int]], int] = (frozenset(), 0)
@@ -63,7 +64,6 @@ class MemorySampler:
             used_bytes = device.used_bytes()
             if used_bytes is not None:
                 self.peak_gpu_bytes = max(self.peak_gpu_bytes or 0, used_bytes)
-        self.clocks.take()
         return host_bytes
 
     def _helpers_bytes(self) -> int:

@@ -3,8 +3,9 @@ No torch."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from profiles.system.nvml import NvmlDevice
 
@@ -14,7 +15,7 @@ LOW_SHARE = 0.7
 OFTEN = 0.2
 """Share of the readings while the GPU worked from which a low clock says something of a run's times."""
 
-FEWEST_READINGS = 3
+FEWEST_READINGS, EVERY_S = 3, 0.04
 
 WHY = {
     "sw_power_cap": "its power limit",
@@ -30,7 +31,9 @@ WHY = {
 class ClockWatch:
     """Readings of the clocks of GPUs that work."""
 
-    def __init__(self, devices: Sequence[NvmlDevice]) -> None:
+    def __init__(self, devices: Sequence[NvmlDevice], clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._next_s = 0.0
         self._devices = [(device, device.highest_clock_hz()) for device in devices]
         self._readings = 0
         self._low: list[tuple[float, float]] = []
@@ -38,7 +41,11 @@ class ClockWatch:
         self._why: Counter[str] = Counter()
 
     def take(self) -> None:
-        """Read every GPU's clock; those of a GPU that idles do not count."""
+        """Read every GPU's clock, not more often than every `EVERY_S`; that of a GPU that idles does not
+        count."""
+        if self._clock_s() < self._next_s:
+            return
+        self._next_s = self._clock_s() + EVERY_S
         for device, highest_hz in self._devices:
             clock = device.clock()
             if clock is None or highest_hz is None or clock.is_idle:

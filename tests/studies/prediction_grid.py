@@ -283,6 +283,7 @@ class Server:
         late = False
         while not ended:
             sampler.take()
+            sampler.clocks.take()
             if not late and time.monotonic() > deadline_s:
                 late = True
                 os.kill(pid, 9)

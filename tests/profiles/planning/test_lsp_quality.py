@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "studies"))
 from lsp_quality_tables import best_rate
 from smollm2_tables import methods_of
 
+from profiles.language import speaking, translated
 from profiles.planning.lsp_quality import PLAIN, RESIDUAL, quality_reasons
 
 ROOT = Path(__file__).parents[3]
@@ -88,3 +89,12 @@ def test_what_was_not_studied_is_not_known() -> None:
     )
     assert "not known" not in " ".join(quality_reasons(0.5, 5 * 10**6, residual=False))
     assert quality_reasons(0.5, 7 * 10**9, residual=True)[-1] == "quality: of 7 B parameters it is not known"
+
+
+def test_a_study_whose_name_has_brackets_is_told_in_japanese() -> None:
+    told = "quality: on SST-2 (template, bf16) (134 M parameters) it ended 0.3 points (-0.9 to 2.2) below "
+    told += "native's accuracy"
+    with speaking("ja"):
+        found = translated(told)
+    assert "SST-2 (template, bf16)" in found
+    assert "(134" not in found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
 from profiles.language import speaking, translated
@@ -15,7 +17,7 @@ POWER_CAP, BRAKE, IDLE = 0x4, 0x80, 0x1
 def watched(readings: list[tuple[int, int]]) -> ClockWatch:
     """After readings of a clock, in MHz of 1,980, and of what holds it."""
     library = FakeNvml()
-    watch = ClockWatch([NvmlDevice(library, 0)])
+    watch = ClockWatch([NvmlDevice(library, 0)], clock_s=count().__next__)
     for clock, reasons in readings:
         library.nvmlDeviceGetClockInfo = lambda handle, domain, clock=clock: clock
         library.nvmlDeviceGetCurrentClocksEventReasons = lambda handle, reasons=reasons: reasons
