@@ -15,6 +15,7 @@ from harness.quality.documents import StudyPlan
 from harness.quality.judge import MethodResult, SeedSpread, StudyResult
 from harness.quality.study import planned_trials, predicted_s, run_study
 from harness.quality.trials import PreparedStudy
+from harness.records.environment import read_environment
 from profiles.advice.words import duration
 from profiles.documents import to_json
 from profiles.language import translated, word
@@ -41,6 +42,8 @@ def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: boo
         return None
     try:
         with TrialProgress(quiet) as progress:
+            for note in read_environment().notes:
+                progress.print(f"{word('note')}: {translated(note)}")
             result = run_study(ready, report=progress.print, on_event=progress.launched)
     except KeyboardInterrupt:
         out = shlex.quote(str(ready.out))

@@ -142,11 +142,13 @@ def test_a_toy_suite_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     nothing left to do."""
     for name, value in (("FACTORS", (1 / 3, 1.0)), ("KEPT", (2, 1, 1)), ("EVALUATIONS", (1, 1, 4))):
         monkeypatch.setattr(f"harness.quality.documents.{name}", value)
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     path = toy(tmp_path, TOY.replace("100ktokens", "2ktokens"))
     arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     arguments += ["--engines", "mezo", "--profile", str(tmp_path / "machine.json"), "--seeds", "1", "--json"]
     done = CliRunner().invoke(app, ["compare", *arguments], catch_exceptions=False)
     assert done.exit_code == 0
+    assert "note: the processor is busy with other work: 99 processes" in done.stderr
     result = json.loads(done.stdout)
     (method,) = result["methods"]
     assert method["engine"] == "mezo"
