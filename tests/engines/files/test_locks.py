@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -99,3 +101,32 @@ def test_own_folders_are_made_while_others_look_for_such_to_take_away(tmp_path: 
         thread.join()
     assert found == [True] * 400
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_user_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f"{OWN}left"
+    left.mkdir()
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with own_folder(tmp_path):
+        assert left.exists()
+    monkeypatch.undo()
+    with own_folder(tmp_path):
+        assert not left.exists()
+
+
+def test_a_folder_that_another_took_away_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = fcntl.flock, list[Path]()
+
+    def late(descriptor: int, operation: int) -> None:
+        if not taken:
+            (folder,) = tmp_path.iterdir()
+            folder.rmdir()
+            taken.append(folder)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with own_folder(tmp_path) as folder:
+        assert folder.exists()
+        assert folder not in taken
