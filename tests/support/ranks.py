@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -197,6 +197,9 @@ def side_by_side(size: int, act: Callable[[SideBySideWorld], Result], machines: 
         thread.start()
     for thread in threads:
         thread.join()
+    # A rank that ended a stance of torch's compiler put back what another had begun, as a process has one.
+    compiler: Any = torch.compiler  # its methods are without annotations
+    compiler.set_stance("default")
     for error in sorted(errors.values(), key=lambda each: isinstance(each, PeerLost)):
         raise error
     return [results[rank] for rank in range(size)]
