@@ -141,7 +141,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     non_block = shape.non_block_parameters if settings.outer == "host" else 0
     host = host_bytes(blocks, non_block, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
-    passes = block_passes(shape, workload, settings)
+    passes = _passes(shape, workload, settings)
     uploads = uploads_per_step(shape.num_blocks, settings)
     hidden = 0
     if settings.hidden_states == "host" and settings.offload:
@@ -225,6 +225,12 @@ def _layer(
     )
 
 
+def _passes(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> transformer.BlockPasses:
+    """How blocks run: as native's, but that they may keep what products and attention give alone."""
+    keeps = settings.keeps_products(checkpointing=workload.checkpointing)
+    return replace(block_passes(shape, workload, settings), keeps_products=keeps)
+
+
 def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
     """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
@@ -239,7 +245,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         "optimizer": masters,
         "gradients": slots * element * shape.block_parameters,
     }
-    passes = block_passes(shape, workload, settings)
+    passes = _passes(shape, workload, settings)
     saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
     between = workload.accumulation * transformer.hidden_bytes(shape, workload)
     # One goes down, one is used, one comes up.

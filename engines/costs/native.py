@@ -7,7 +7,6 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
-from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import (
     BlockPassSettings,
     ChunkedLossSettings,
@@ -79,8 +78,6 @@ def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockS
         captured=isinstance(settings, BlockPassSettings) and settings.graphs,
         loss_compiled=settings.compile is not False,
         loss_tokens=_loss_tokens(settings),
-        keeps_products=isinstance(settings, ExactOffloadSettings)
-        and settings.keeps_products(checkpointing=workload.checkpointing),
     )
 
 
