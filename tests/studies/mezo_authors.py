@@ -246,7 +246,7 @@ class Way(Protocol):
 class OneModel:
     """What both loops share: they train the weights of `model` itself, and draw seeds from a generator."""
 
-    def __init__(self, model: Any, generator: numpy.random.RandomState) -> None:
+    def __init__(self, model: Any, generator: Any) -> None:
         self.model: Any = model
         self.generator = generator
 
@@ -294,7 +294,7 @@ class WayOfAuthors(OneModel):
         self, task: Task, model: Any, learning_rate: float, eps: float, device: str, folder: Path
     ) -> None:
         numpy.random.seed(task.job.seed)
-        super().__init__(model, numpy.random.mtrand._rand)  # type: ignore[attr-defined]
+        super().__init__(model, numpy.random)
         self.task = task
         names = {"zo_perturb_parameters", "zo_forward", "zo_step", "zo_update"}
         methods = functions_in(folder / "trainer.py", names)
