@@ -96,6 +96,8 @@ class StepStats:
     d2h_s: float | None = None
     cpu_s: float | None = None
     """Time each resource was busy in this step, as far as the engine measures it."""
+    cpu_threads: int | None = None
+    """Threads that this step's updates on the CPU ran on. `None`: torch's, or there are no such updates."""
     gpu_exposed_s: float | None = None
     h2d_exposed_s: float | None = None
     d2h_exposed_s: float | None = None

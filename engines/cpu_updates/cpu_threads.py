@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -14,35 +15,53 @@ SPARE_THREADS = 2
 """CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
 
 FIRST_STEPS, SEEN_STEPS = 2, 4
-"""Steps that do not count, in which kernels are compiled and captured, and steps by whose median two numbers
-of threads are compared."""
+"""Steps that do not count, in which kernels are compiled and captured, and steps by whose medians it is
+chosen. An even number: steps that are slow and fast in turn, as they are where one begins before the other's
+updates have ended, have the mean of both for their median."""
+
+HIDDEN_SHARE = 0.9
+"""Of the time in which the GPU is busy, what updates may take that hide behind it: nothing is left to hide
+behind for those of the block whose gradients come last."""
+
+WORTH_SHARE = 0.98
+"""Of a step with half the threads, what one with all of them takes at the most if they are kept. Medians of
+so few steps differ by as much by chance, and fewer threads are better for all else on the host."""
+
+
+def most_adam_threads() -> int:
+    """Of the calling thread's parallel regions, all but those that Adam leaves to others."""
+    return max(1, torch.get_num_threads() - SPARE_THREADS)
 
 
 class AdamThreads:
-    """How many threads the updates of one engine run on: all but a few, or half of those, whichever steps are
-    faster with; both are tried in the first steps. The bits are the same with any number.
+    """How many threads the updates of one engine run on: half of the most, or all of them if the GPU's work
+    does not hide the updates with half, and steps are faster with all. The bits are the same with any number.
 
     Where the CPU decides how long a step takes, more threads are faster until memory is as busy as it can be.
     Where the GPU does, they are in the way: between two chunks they spin, and those that start the GPU's
     kernels, other ranks and other programs want the same cores. `lsp` at 1.3B, on a host of an H200 with 32
     cores, half of them beside another job: 84 ms a step with all threads and 77 with half (GPU 65), with bf16
     moments 79 and 70, though an update takes a tenth longer (engines/EXPERIMENTS.md).
+
+    Whether they hide is told by busy times, which spread less than steps do. Only where they do not is the
+    other number tried.
     """
 
     def __init__(self, clock_s: Callable[[], float] = now_s) -> None:
         """Of the calling thread's number of threads."""
         self._clock_s = clock_s
-        self._most = self.count = max(1, torch.get_num_threads() - SPARE_THREADS)
+        self._most = most_adam_threads()
+        self._half = self.count = max(1, self._most // 2)
         """`count`: for the updates from now on."""
-        self._fewer = max(1, self._most // 2)
         self._last_s: float | None = None
         self._to_ignore = FIRST_STEPS
-        self._seen: list[float] = []
-        self._with_most_s: float | None = None
-        self._is_settled = self._fewer == self._most
+        self._seen: list[_SeenStep] = []
+        self._with_half_s: float | None = None
+        self._is_settled = self._half == self._most
 
-    def step_ended(self) -> None:
-        """To be called once at the end of each step."""
+    def step_ended(self, cpu_s: float, gpu_s: float | None) -> None:
+        """To be called once at the end of each step, with what updates took since the last call, and what the
+        GPU was busy; `None`: not measured."""
         if self._is_settled:
             return
         now, before = self._clock_s(), self._last_s
@@ -52,19 +71,38 @@ class AdamThreads:
         if self._to_ignore > 0:
             self._to_ignore -= 1
             return
-        self._seen.append(now - before)
-        if len(self._seen) < SEEN_STEPS:
+        self._seen.append(_SeenStep(now - before, cpu_s, gpu_s))
+        if len(self._seen) == SEEN_STEPS:
+            self._choose(self._seen)
+            self._seen = []
+
+    def _choose(self, seen: Sequence[_SeenStep]) -> None:
+        step_s = statistics.median(each.step_s for each in seen)
+        if self._with_half_s is not None:
+            self._is_settled = True
+            if step_s > WORTH_SHARE * self._with_half_s:
+                self.count = self._half
             return
-        taken_s = statistics.median(self._seen)
-        self._seen.clear()
-        if self._with_most_s is None:
-            self._with_most_s = taken_s
-            self.count = self._fewer
-            self._to_ignore = 1  # in it updates of both are made
+        if _are_hidden(seen):
+            self._is_settled = True
             return
-        self._is_settled = True
-        if taken_s > self._with_most_s:
-            self.count = self._most
+        self._with_half_s = step_s
+        self.count = self._most
+        self._to_ignore = 1  # in it updates of both are made
+
+
+class _SeenStep(NamedTuple):
+    step_s: float
+    cpu_s: float
+    gpu_s: float | None
+
+
+def _are_hidden(seen: Sequence[_SeenStep]) -> bool:
+    """Whether the GPU was busy for so long that it does not wait for the updates."""
+    gpu_s = [each.gpu_s for each in seen if each.gpu_s is not None]
+    if len(gpu_s) < len(seen):
+        return False
+    return statistics.median(each.cpu_s for each in seen) <= HIDDEN_SHARE * statistics.median(gpu_s)
 
 
 def leave_threads_to_adam() -> None:
@@ -83,9 +121,9 @@ def leave_threads_to_adam() -> None:
 
 @contextmanager
 def adam_threads() -> Iterator[None]:
-    """Leave `SPARE_THREADS` out of the calling thread's parallel regions."""
+    """As many in the calling thread's parallel regions as Adam has at the most."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - SPARE_THREADS))
+    torch.set_num_threads(most_adam_threads())
     try:
         yield
     finally:

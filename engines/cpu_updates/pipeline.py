@@ -32,7 +32,7 @@ from engines.cpu_updates.cpu_threads import AdamThreads
 from engines.cpu_updates.rank_numbers import POLL_S
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
-from engines.transfer.clock import now_s
+from engines.transfer.clock import EventPair, now_s
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
@@ -185,12 +185,14 @@ class UpdatePipeline:
             with suppress(GradientNotFinite):
                 wait(self.wait(update))
 
-    def step_ended(self) -> float:
-        """To be called once at the end of each step; seconds spent in Adam since the last call."""
-        self.adam_threads.step_ended()
+    def step_ended(self, gpu_s: float | None) -> dict[str, Any]:
+        """To be called once at the end of each step, with the seconds that the GPU was busy, if it is known.
+        What updates took since the last call and their threads, by the names of `engines.base.StepStats`."""
+        threads = self.adam_threads.count
         with self._changed:
-            taken, self._busy_s = self._busy_s, 0.0
-        return taken
+            busy_s, self._busy_s = self._busy_s, 0.0
+        self.adam_threads.step_ended(busy_s, gpu_s)
+        return {"cpu_s": busy_s, "cpu_threads": threads}
 
     def close(self) -> None:
         """Finish what was submitted and end the thread. May be called twice."""
@@ -368,7 +370,7 @@ class UpdatePipeline:
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
             destination(direction, update.share)
-            self._exposure.between("gpu", start, _timed_event(self._stream))
+            self._exposure.between("gpu", EventPair(start, _timed_event(self._stream)))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)
             update.applied = self._slot_free[slot] = self._link.record()

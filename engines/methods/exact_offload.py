@@ -430,15 +430,17 @@ class ExactOffload:
         disk = None if self._kept is None else self._kept.disk
         if self._disk_weights is not None:
             from_disk = self._disk_weights.sent_bytes - from_disk
+        busy = self._clocks.take_s(self.link)
+        on_host = {} if self._pipeline is None else self._pipeline.step_ended(busy["gpu_s"])
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
-            cpu_s=None if self._pipeline is None else self._pipeline.step_ended(),
             disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,
-            **self._clocks.take_s(self.link),
+            **busy,
+            **on_host,
         )
 
     def _run(self, batches: Sequence[Batch], count: int) -> None:

@@ -332,12 +332,14 @@ class Lsp:
         if self.steps_done == 0:  # without graphs, so that it is known what layers have collected
             warn_of_idle(self._matrices())
         self.steps_done += 1
+        busy = self._clocks.take_s(self.link)
+        on_host = {} if self._pipeline is None else self._pipeline.step_ended(busy["gpu_s"])
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
             d2h_bytes=self._step_d2h_bytes,
-            cpu_s=None if self._pipeline is None else self._pipeline.step_ended(),
-            **self._clocks.take_s(self.link),
+            **busy,
+            **on_host,
         )
 
     def _streamed_bytes(self) -> tuple[int, int]:

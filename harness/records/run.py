@@ -105,6 +105,9 @@ class Summary:
     cpu_s: float | None = None
     idle_s: float | None = None
     """Medians per step of the time that each resource was busy; idle is the GPU's."""
+    cpu_threads: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """Threads that the last step's updates on the CPU ran on, which the method chooses in its first steps.
+    `None`: it does not choose, or the record is of before this was kept."""
     gpu_exposed_s: float | None = None
     h2d_exposed_s: float | None = None
     d2h_exposed_s: float | None = None

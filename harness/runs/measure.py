@@ -139,6 +139,7 @@ class RunRecording:
                 ]
             ),
             **of_steps,
+            cpu_threads=measured[-1][1].cpu_threads if measured else None,
             disk_direct=measured[0][1].disk_direct if measured else None,
             disk_floor_s=disk_floor_s,
             disk_floor_share=disk_floor_s / steps.step_s_median

@@ -56,21 +56,29 @@ def urgent_applying() -> Iterator[None]:
         yield
 
 
+class FixedThreads(cpu_threads.AdamThreads):
+    """They are not chosen."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def step_ended(self, cpu_s: float, gpu_s: float | None) -> None:
+        """Nothing is learned from steps."""
+
+
 @contextmanager
 def share_of_threads(share: float) -> Iterator[None]:
     """Adam has that share of the threads, and keeps it."""
-    count = torch.get_num_threads()
-    with (
-        mock.patch.object(cpu_threads, "SPARE_THREADS", count - max(1, round(share * count))),
-        mock.patch.object(cpu_threads, "SEEN_STEPS", sys.maxsize),
-    ):
+    count = max(1, round(share * torch.get_num_threads()))
+    with mock.patch.object(pipeline, "AdamThreads", partial(FixedThreads, count)):
         yield
 
 
 @contextmanager
 def all_threads() -> Iterator[None]:
     """All but those that it always leaves."""
-    with mock.patch.object(cpu_threads, "SEEN_STEPS", sys.maxsize):
+    with mock.patch.object(pipeline, "AdamThreads", partial(FixedThreads, cpu_threads.most_adam_threads())):
         yield
 
 

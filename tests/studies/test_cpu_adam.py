@@ -10,9 +10,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cpu_adam import VARIANTS, share_of_threads
+from cpu_adam import VARIANTS, all_threads, share_of_threads
 
-from engines.cpu_updates.cpu_threads import adam_threads
+from engines.cpu_updates import pipeline
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -27,9 +27,11 @@ def test_adam_has_its_share_of_the_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(32)
     try:
-        with share_of_threads(0.5), adam_threads():
-            assert torch.get_num_threads() == 16
-        with adam_threads():
-            assert torch.get_num_threads() == 30
+        for way, count in ((share_of_threads(0.5), 16), (all_threads(), 30)):
+            with way:
+                threads = pipeline.AdamThreads()
+                for _ in range(20):
+                    assert threads.count == count
+                    threads.step_ended(1.0, None)
     finally:
         torch.set_num_threads(before)

@@ -656,10 +656,11 @@ class TestOneStep:
 
         monkeypatch.setattr(cores, "core_adam", spy)
         with running("opt") as engine:
-            engine.step(tiny_batches(1, "opt"))
+            stats = engine.step(tiny_batches(1, "opt"))
             engine.synchronize()
             assert engine._pipeline is not None
-            assert engine._pipeline.step_ended() >= 0.0
+            assert engine._pipeline.step_ended(None)["cpu_s"] >= 0.0
+            assert stats.cpu_threads == engine._pipeline.adam_threads.count
         assert threads == {"lsp-core-adam"}
 
 

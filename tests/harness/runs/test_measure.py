@@ -243,6 +243,23 @@ def test_noise_is_a_median_of_the_measured_steps() -> None:
     assert record(job, make_engine(job)).summary().perturb_s is None
 
 
+class ThreadedEngine(Scripted):
+    """Has chosen its threads after some steps."""
+
+    def step(self, batches: Sequence[Batch]) -> StepStats:
+        self.taken = getattr(self, "taken", 0) + 1
+        return replace(super().step(batches), cpu_threads=4 if self.taken < 4 else 2)
+
+
+def test_threads_are_those_that_the_method_has_chosen_in_the_end() -> None:
+    job = scripted_job()
+    recording = RunRecording(tokens_per_step=8)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    run(job, ThreadedEngine(ScriptedSettings(step_s=(8.0, 8.0, 1.0)), context), recording)
+    assert recording.summary().cpu_threads == 2
+    assert record(job, make_engine(job)).summary().cpu_threads is None
+
+
 class ReadingEngine(Scripted):
     """Says what it read from disk."""
 
