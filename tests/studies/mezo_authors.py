@@ -14,9 +14,10 @@ Four ways to the same steps, in fp32, on SST-2 by the template `{text} It was`:
   out of these files. Neither is part of this repository.
 
 Every curve is a file in OUT: loss and accuracy on development data by one function for all, on the weights
-that each way has come to. `table` says by how much `same-noise` and `engine` differ at most, whether
-`authors` and `loop` have the same numbers, and how far the means over seeds of `engine` and of those with
-the authors' noise lie apart, in standard errors.
+that each way has come to. Each evaluation is written as it comes, with the weights beside it until the curve
+has its last step, so that `--resume` goes on from the last one whatever ended a run. `table` says by how much
+`same-noise` and `engine` differ at most, whether `authors` and `loop` have the same numbers, and how far the
+means over seeds of `engine` and of those with the authors' noise lie apart, in standard errors.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ import argparse
 import ast
 import json
 import math
+import os
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -42,6 +46,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from engines.base import Batch, Context  # noqa: E402
+from engines.errors import UserError  # noqa: E402
 from engines.methods.mezo import Mezo  # noqa: E402
 from engines.noise.philox import NoiseKey, normal  # noqa: E402
 from engines.settings.zeroth_order import MezoSettings  # noqa: E402
@@ -53,6 +58,7 @@ from harness.records.job import DataSource, Job, ModelSource  # noqa: E402
 from harness.resolve import resolve_shape  # noqa: E402
 
 TEMPLATE, WORDS = "{text} It was", ("terrible", "great")
+ELSEWHERE = "name another folder"
 KINDS = ("engine", "loop", "same-noise", "authors")
 
 
@@ -74,10 +80,13 @@ class Curve:
     eps: float
     evaluations: tuple[Evaluated, ...]
     losses: tuple[float, ...]
-    """Of each step: the mean of its two forward passes."""
-    train_s: float
+    """Of each step: the mean of its two forward passes. Empty where they were not kept."""
+    train_s: float | None
+    """Of the steps alone; `None`: not kept."""
     device: str
     model: str
+    note: str = ""
+    """Where the numbers are from, if not from this script's own file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,64 +223,113 @@ def drawn(_: int, __: int, weight: Tensor) -> Tensor:
     return torch.normal(mean=0, std=1, size=weight.size(), device=weight.device, dtype=weight.dtype)
 
 
-def steps_of_loop(
-    task: Task, model: nn.Module, learning_rate: float, eps: float, device: str, *, same_noise: bool
-) -> Iterator[tuple[nn.Module, float]]:
-    """The model after each step and the step's loss."""
-    loop = Loop(model, task, learning_rate, eps, device)
-    seeds = numpy.random.RandomState(task.job.seed)
+class Way(Protocol):
+    """One of the ways to train; `model` has the weights once `look` has been called."""
 
-    def counted(number: int, step: int, weight: Tensor) -> Tensor:
-        key = NoiseKey(seed=task.job.seed, step=step, tensor=number)
-        return normal(key, weight.numel(), weight.device).view(weight.shape)
+    model: nn.Module
 
-    for number in range(10**9):
-        seed = int(seeds.randint(1000000000))
-        (batch,) = task.data.step_batches(number)
+    def step(self, number: int) -> float:
+        """The loss of a step, counted from 0; of `authors` that of its first pass alone."""
+        ...
 
-        def begin(seed: int = seed) -> None:
+    def look(self) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """All that the next step depends on, into an empty folder."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class OneModel:
+    """What both loops share: they train the weights of `model` itself, and draw seeds from a generator."""
+
+    def __init__(self, model: Any, generator: Any) -> None:
+        self.model: Any = model
+        self.generator = generator
+
+    def look(self) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.model.state_dict(), folder / "weights.pt")
+        name, keys, *rest = self.generator.get_state(legacy=True)
+        (folder / "generator.json").write_text(json.dumps([name, keys.tolist(), *rest]), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+        name, keys, *rest = json.loads((folder / "generator.json").read_text(encoding="utf-8"))
+        self.generator.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+    def close(self) -> None: ...
+
+
+class WayOfLoop(OneModel):
+    def __init__(
+        self, task: Task, model: Any, learning_rate: float, eps: float, device: str, *, same_noise: bool
+    ) -> None:
+        super().__init__(model, numpy.random.RandomState(task.job.seed))
+        self.task, self.loop = task, Loop(model, task, learning_rate, eps, device)
+        self.noise: Noise = self._counted if same_noise else drawn
+
+    def step(self, number: int) -> float:
+        seed = int(self.generator.randint(1000000000))
+        (batch,) = self.task.data.step_batches(number)
+
+        def begin() -> None:
             torch.manual_seed(seed)
 
-        yield model, loop.step(batch, number, begin, counted if same_noise else drawn)
+        return self.loop.step(batch, number, begin, self.noise)
+
+    def _counted(self, number: int, step: int, weight: Tensor) -> Tensor:
+        key = NoiseKey(seed=self.task.job.seed, step=step, tensor=number)
+        return normal(key, weight.numel(), weight.device).view(weight.shape)
 
 
-def steps_of_authors(
-    task: Task, model: Any, learning_rate: float, eps: float, device: str, folder: Path
-) -> Iterator[tuple[nn.Module, float]]:
-    """Likewise, by the functions in the authors' files. Of a step it tells the first loss twice."""
-    names = {"zo_perturb_parameters", "zo_forward", "zo_step", "zo_update"}
-    methods = functions_in(folder / "trainer.py", names)
-    (forward,) = functions_in(folder / "utils.py", {"forward_wrap_with_option_len"}).values()
-    model.original_forward = model.forward
+class WayOfAuthors(OneModel):
+    """By the functions in the authors' files, which draw seeds from numpy's own generator."""
 
-    class Trainer:
-        args = SimpleNamespace(
-            zo_eps=eps, weight_decay=0.0, non_diff=False, n_gpu=1, gradient_accumulation_steps=1
-        )
-        lr_scheduler = SimpleNamespace(step=lambda: None)
+    def __init__(
+        self, task: Task, model: Any, learning_rate: float, eps: float, device: str, folder: Path
+    ) -> None:
+        numpy.random.seed(task.job.seed)
+        super().__init__(model, numpy.random)
+        self.task = task
+        names = {"zo_perturb_parameters", "zo_forward", "zo_step", "zo_update"}
+        methods = functions_in(folder / "trainer.py", names)
+        (forward,) = functions_in(folder / "utils.py", {"forward_wrap_with_option_len"}).values()
+        model.original_forward = model.forward
 
-        def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            return {
-                name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()
-            }
+        class Trainer:
+            args = SimpleNamespace(
+                zo_eps=eps, weight_decay=0.0, non_diff=False, n_gpu=1, gradient_accumulation_steps=1
+            )
+            lr_scheduler = SimpleNamespace(step=lambda: None)
 
-        def compute_loss_context_manager(self) -> Any:
-            return torch.inference_mode()
+            def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+                return {
+                    name: each.to(device) if isinstance(each, Tensor) else each
+                    for name, each in inputs.items()
+                }
 
-        def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-            loss: Tensor = forward(model, **inputs, return_dict=True).loss
-            return loss
+            def compute_loss_context_manager(self) -> Any:
+                return torch.inference_mode()
 
-        def _get_learning_rate(self) -> float:
-            return learning_rate
+            def compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+                loss: Tensor = forward(model, **inputs, return_dict=True).loss
+                return loss
 
-    trainer: Any = type("Authors", (Trainer,), methods)()
-    numpy.random.seed(task.job.seed)
-    for number in range(10**9):
-        (batch,) = task.data.step_batches(number)
-        loss = trainer.zo_step(model, as_authors_give_it(batch, task))
-        trainer.zo_update(model)
-        yield model, float(loss)
+            def _get_learning_rate(self) -> float:
+                return learning_rate
+
+        self.trainer: Any = type("Authors", (Trainer,), methods)()
+
+    def step(self, number: int) -> float:
+        (batch,) = self.task.data.step_batches(number)
+        loss = self.trainer.zo_step(self.model, as_authors_give_it(batch, self.task))
+        self.trainer.zo_update(self.model)
+        return float(loss)
 
 
 def functions_in(path: Path, names: set[str]) -> dict[str, Any]:
@@ -294,85 +352,170 @@ def functions_in(path: Path, names: set[str]) -> dict[str, Any]:
 # Ours.
 
 
-def steps_of_engine(
-    task: Task, shape: Any, model: Any, learning_rate: float, eps: float, device: str, steps: int
-) -> Iterator[tuple[nn.Module, float]]:
-    """Likewise; `model.look()` copies the engine's weights into `model`."""
-    job = task.job
-    engine = Mezo(
-        MezoSettings(learning_rate=learning_rate, eps=eps),
-        Context(device=device, workload=job.workload, seed=job.seed, total_steps=steps),
-    )
-    try:
+class WayOfEngine:
+    def __init__(
+        self, task: Task, shape: Any, model: Any, learning_rate: float, eps: float, device: str, steps: int
+    ) -> None:
+        job = task.job
+        self.task, self.model = task, model
+        self.engine = Mezo(
+            MezoSettings(learning_rate=learning_rate, eps=eps),
+            Context(device=device, workload=job.workload, seed=job.seed, total_steps=steps),
+        )
         blueprint = make_blueprint(job, shape, task.data.step_batches(0)[0])
-        engine.setup(blueprint)
+        self.engine.setup(blueprint)
         blueprint.release()
-        own = dict(model.named_parameters())
 
-        def look() -> None:
-            with torch.no_grad():
-                for name, weight in engine.weights():
-                    own[name].copy_(weight)
+    def step(self, number: int) -> float:
+        return self.engine.step(self.task.data.step_batches(number)).loss
 
-        model.look = look
-        for number in range(steps):
-            yield model, engine.step(task.data.step_batches(number)).loss
-    finally:
-        engine.close()
+    @torch.no_grad()
+    def look(self) -> None:
+        own = dict(self.model.named_parameters())
+        for name, weight in self.engine.weights():
+            own[name].copy_(weight)
+
+    def save(self, folder: Path) -> None:
+        self.engine.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self.engine.load(folder)
+
+    def close(self) -> None:
+        self.engine.close()
 
 
-def train(kind: str, seed: int, asked: argparse.Namespace) -> Curve:
-    task, shape = read_task(
-        asked.model, asked.train, asked.dev, seed, asked.rows, asked.batch_size, asked.seq_len
-    )
+def way_of(kind: str, task: Task, shape: Any, asked: argparse.Namespace) -> Way:
     rate, eps, device = asked.learning_rate, asked.eps, asked.device
     model = load(task, device)
     if kind == "engine":
-        steps = steps_of_engine(task, shape, model, rate, eps, device, asked.steps)
-    elif kind == "authors":
-        steps = steps_of_authors(task, model, rate, eps, device, Path(asked.authors))
-    else:
-        steps = steps_of_loop(task, model, rate, eps, device, same_noise=kind == "same-noise")
+        return WayOfEngine(task, shape, model, rate, eps, device, asked.steps)
+    if kind == "authors":
+        return WayOfAuthors(task, model, rate, eps, device, Path(asked.authors))
+    return WayOfLoop(task, model, rate, eps, device, same_noise=kind == "same-noise")
 
-    def evaluated(step: int) -> Evaluated:
-        getattr(model, "look", lambda: None)()
-        loss, accuracy = evaluate(model, task, device)
-        return Evaluated(step=step, loss=loss, accuracy=accuracy)
 
-    found, losses, seconds = [evaluated(0)], [], 0.0
-    for number in range(1, asked.steps + 1):
-        began = time.perf_counter()
-        _, loss = next(steps)
-        seconds += time.perf_counter() - began
-        losses.append(loss)
-        if number % asked.every == 0 or number == asked.steps:
-            found.append(evaluated(number))
-            print(kind, seed, found[-1], flush=True)
-        if not math.isfinite(loss):
+# Curves and the weights beside them.
+
+
+def train(kind: str, seed: int, asked: argparse.Namespace) -> Curve:
+    """From the start, or from where the curve in `asked.out` was left."""
+    task, shape = read_task(
+        asked.model, asked.train, asked.dev, seed, asked.rows, asked.batch_size, asked.seq_len
+    )
+    place = Place(asked.out, f"{kind}-{seed}", settings_of(asked))
+    with closing(way_of(kind, task, shape, asked)) as way:
+        curve, left = place.read(), place.weights()
+        if curve is not None and left is None and curve.evaluations[-1].step > 0:
+            raise UserError(f"{place.path} cannot be gone on with", "it has no weights beside it", ELSEWHERE)
+        if curve is not None and left is not None:
+            step, folder = left
+            way.load(folder)
+            curve = replace(
+                curve, losses=curve.losses[:step],
+                evaluations=tuple(each for each in curve.evaluations if each.step <= step),
+            )  # fmt: skip
+            print(kind, seed, f"goes on after step {step}", flush=True)
+        else:
+            curve = Curve(
+                kind=kind, seed=seed, learning_rate=asked.learning_rate, eps=asked.eps, evaluations=(),
+                losses=(), train_s=0.0, device=asked.device, model=Path(asked.model).name,
+            )  # fmt: skip
+        while not is_complete(curve, asked.steps):
+            if curve.evaluations:
+                curve = trained_on(curve, way, asked)
+            step = len(curve.losses)
+            way.look()
+            loss, accuracy = evaluate(way.model, task, asked.device)
+            evaluated = Evaluated(step=step, loss=loss, accuracy=accuracy)
+            curve = replace(curve, evaluations=(*curve.evaluations, evaluated))
+            print(kind, seed, evaluated, flush=True)
+            place.keep(curve, way, last=is_complete(curve, asked.steps))
+    return curve
+
+
+def trained_on(curve: Curve, way: Way, asked: argparse.Namespace) -> Curve:
+    """To the next evaluation, or to a loss that is not finite."""
+    losses, began = list(curve.losses), time.perf_counter()
+    for number in range(len(losses), min(asked.steps, len(losses) + asked.every)):
+        losses.append(way.step(number))
+        if not math.isfinite(losses[-1]):
             break
-    steps.close()  # type: ignore[attr-defined]
-    return Curve(
-        kind=kind, seed=seed, learning_rate=rate, eps=eps, evaluations=tuple(found), losses=tuple(losses),
-        train_s=seconds, device=device, model=Path(asked.model).name,
-    )  # fmt: skip
+    seconds = (curve.train_s or 0.0) + time.perf_counter() - began
+    return replace(curve, losses=tuple(losses), train_s=seconds)
+
+
+def is_complete(curve: Curve, steps: int) -> bool:
+    """Its last step is evaluated, or its losses were no longer finite."""
+    ended = len(curve.losses) >= steps or not all(map(math.isfinite, curve.losses))
+    return ended and bool(curve.evaluations) and curve.evaluations[-1].step == len(curve.losses)
+
+
+def settings_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """What a curve that is gone on with must have been begun with; the number of steps may grow."""
+    names = ("learning_rate", "eps", "rows", "batch_size", "seq_len", "device")
+    return {"model": Path(asked.model).name, **{name: getattr(asked, name) for name in names}}
+
+
+class Place:
+    """Where a curve is kept, and until it is complete the weights of its last evaluation."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self.name, self.settings = folder, name, settings
+        self.path = folder / f"{name}.json"
+
+    def read(self) -> Curve | None:
+        return read_curve(self.path) if self.path.exists() else None
+
+    def weights(self) -> tuple[int, Path] | None:
+        """The step they are of, and their folder."""
+        found = [(int(each.name.rpartition("-")[2]), each) for each in self.folder.glob(f"{self.name}.at-*")]
+        if not found:
+            return None
+        step, folder = max(found)
+        begun = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        if begun != self.settings:
+            names = ", ".join(name for name in self.settings if begun.get(name) != self.settings[name])
+            raise UserError(
+                f"{self.path} cannot be gone on with", f"it was begun with another {names}", ELSEWHERE
+            )
+        return step, folder
+
+    def keep(self, curve: Curve, way: Way, *, last: bool) -> None:
+        """The curve first: weights without their evaluation would be gone on from without it."""
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps(asdict(curve)), encoding="utf-8")
+        os.replace(new, self.path)
+        old = list(self.folder.glob(f"{self.name}.at-*"))
+        if not last:
+            folder = self.folder / f"{self.name}.making"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            way.save(folder)
+            (folder / "settings.json").write_text(json.dumps(self.settings), encoding="utf-8")
+            os.rename(folder, self.folder / f"{self.name}.at-{len(curve.losses)}")
+        for each in old:
+            shutil.rmtree(each)
 
 
 # The judgement.
 
 
 def read_curves(folder: Path) -> list[Curve]:
-    curves = []
-    for path in sorted(folder.glob("*.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["evaluations"] = tuple(Evaluated(**each) for each in values["evaluations"])
-        curves.append(Curve(**{**values, "losses": tuple(values["losses"])}))
-    return curves
+    return [read_curve(path) for path in sorted(folder.glob("*.json"))]
 
 
-def difference(a: Curve, b: Curve) -> float:
-    """The largest one between their losses on development data, at the same steps."""
-    pairs = zip(a.evaluations, b.evaluations, strict=False)
-    return max(abs(one.loss - other.loss) for one, other in pairs)
+def read_curve(path: Path) -> Curve:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["evaluations"] = tuple(Evaluated(**each) for each in values["evaluations"])
+    return Curve(**{**values, "losses": tuple(values["losses"])})
+
+
+def difference(a: Curve, b: Curve) -> tuple[float, int]:
+    """The largest one between their losses on development data, at the steps that both have, and the last."""
+    mine, others = ({each.step: each.loss for each in curve.evaluations} for curve in (a, b))
+    shared = mine.keys() & others.keys()
+    return max(abs(mine[step] - others[step]) for step in shared), max(shared)
 
 
 def standard_errors_apart(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -399,7 +542,8 @@ def table(curves: Sequence[Curve]) -> Iterator[str]:
         by_seed = {each.seed: each for each in kinds.get(other, [])}
         pairs = [(each, by_seed[each.seed]) for each in kinds.get(one, []) if each.seed in by_seed]
         for a, b in pairs:
-            yield f"{one} and {other}, seed {a.seed}: losses differ by {difference(a, b):.3g} at most"
+            most, last = difference(a, b)
+            yield f"{one} and {other}, seed {a.seed}: losses differ by {most:.3g} at most, to step {last}"
     theirs = "authors" if "authors" in kinds else "loop"
     for step in steps[1:]:
         ours = [each.loss for each in at.get(("engine", step), [])]
@@ -434,17 +578,31 @@ def main() -> None:
     run.add_argument("--batch-size", type=int, default=16)
     run.add_argument("--seq-len", type=int, default=64)
     run.add_argument("--device", default="cpu")
+    run.add_argument("--resume", action="store_true", help="go on with what OUT has begun")
     shown = commands.add_parser("table")
     shown.add_argument("out", type=Path)
     asked = parser.parse_args()
-    if asked.command == "run":
-        asked.out.mkdir(parents=True, exist_ok=True)
-        for seed in map(int, asked.seeds.split(",")):
-            for kind in asked.kinds.split(","):
-                path = asked.out / f"{kind}-{seed}.json"
-                if not path.exists():
-                    path.write_text(json.dumps(asdict(train(kind, seed, asked))), encoding="utf-8")
-    print("\n".join(table(read_curves(asked.out))))
+    try:
+        if asked.command == "run":
+            run_all(asked)
+        print("\n".join(table(read_curves(asked.out))))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def run_all(asked: argparse.Namespace) -> None:
+    """Every kind and seed that `asked.out` does not have complete."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, asked.seeds.split(",")):
+        for kind in asked.kinds.split(","):
+            path = asked.out / f"{kind}-{seed}.json"
+            if path.exists() and is_complete(read_curve(path), asked.steps):
+                continue
+            if path.exists() and not asked.resume:
+                raise UserError(
+                    f"{path} is there", f"it has not its {asked.steps} steps", "go on with --resume"
+                )
+            train(kind, seed, asked)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+from hidden_libraries import START_CUDA, hidden  # noqa: E402
 
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
@@ -202,22 +204,6 @@ def emulated_link(machine: Machine, cell: GridCell) -> Emulated | None:
 
 
 # --- running ------------------------------------------------------------------------------------------
-
-
-START_CUDA = ("torchao",)
-"""Libraries that make a CUDA context as they are imported. A process that is to be copied may have none."""
-
-
-@contextlib.contextmanager
-def hidden(libraries: Sequence[str]) -> Iterator[None]:
-    """Within it they cannot be imported, as if they were not installed; copies may."""
-    for name in libraries:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for name in libraries:
-            del sys.modules[name]
 
 
 def serve() -> None:

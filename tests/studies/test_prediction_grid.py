@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hidden_libraries import hidden
 
 from harness.records.job import make_job
 from harness.records.run import Run, load_run
@@ -21,7 +22,6 @@ from tests.studies.prediction_grid import (
     cost_of,
     errors_of,
     grid_cells,
-    hidden,
     needs_as_today,
     rows_of,
     text_of,

@@ -29,21 +29,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
-from scripted_runs import SHAPE, scripted_job, scripted_plan
-from train_runs import run, tiny_job
+from hidden_libraries import START_CUDA, hidden
 
-import harness.runs.attempt
-from engines.errors import UserError
-from engines.files.writing import is_leftover
-from harness.records.manifest import check_manifest
-from harness.records.run import Sample, load_run
-from harness.records.stats import step_statistics
-from harness.runs import worker
-from harness.runs.launch import Outcome
-from harness.runs.sweep import SweepOptions, run_sweep
-from profiles.system.cgroup import UsableCores
+with hidden(START_CUDA):
+    import safetensors.torch
+    import torch
+    from scripted_runs import SHAPE, scripted_job, scripted_plan
+    from train_runs import run, tiny_job
+
+    import harness.runs.attempt
+    from engines.errors import UserError
+    from engines.files.writing import is_leftover
+    from harness.records.manifest import check_manifest
+    from harness.records.run import Sample, load_run
+    from harness.records.stats import step_statistics
+    from harness.runs import worker
+    from harness.runs.launch import Outcome
+    from harness.runs.sweep import SweepOptions, run_sweep
+    from profiles.system.cgroup import UsableCores
 
 EVENTS = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
