@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from engines import ENGINES, YARDSTICK, engines_of_role, entry
 from engines.settings.zeroth_order import approximation
-from harness.records.comparison import not_at_its_best
+from harness.records.comparison import not_at_its_best, other_host
 from harness.records.manifest import FindingKind, ManifestFinding
 from harness.records.memory_limits import gpu_taken_bytes, imposed_card_bytes
 from harness.records.run import Run
@@ -46,6 +46,7 @@ def warnings(
         _about_predictions(all_),
         _about_traces(runs),
         _about_machine(runs, all_.machine),
+        _about_host(runs, all_.machine),
         exactness.inexact(all_),
         _about_approximations(runs),
         _about_notes(runs),
@@ -225,6 +226,15 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
         if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
             return say("warning.other_machine", machine=machine.name)
     return None
+
+
+def _about_host(runs: Sequence[Run], machine: Machine | None) -> str | None:
+    """A machine of the profile's name whose processor is slower than it says, or quicker."""
+    found = other_host(runs, machine)
+    if found is None:
+        return None
+    key = "warning.slower_host" if found.is_slower else "warning.quicker_host"
+    return say(key, taken=format_seconds(found.taken_s), profile=format_seconds(found.profile_s))
 
 
 def _about_traces(runs: Sequence[Run]) -> str | None:

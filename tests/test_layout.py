@@ -610,7 +610,7 @@ PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/model/test_attention_masks.py": {"_local_scalar_dense", "_unique2"},
     "engines/noise/test_weight_pass.py": {"_sleep"},
     "engines/quantized/test_quantized_pass.py": {"_CHUNK_TILES", "_updates"},
-    "engines/transfer/test_exposure.py": {"_host", "_marks", "_pairs", "_sleep"},
+    "engines/transfer/test_exposure.py": {"_asked", "_host", "_marks", "_placed", "_sleep"},
     "engines/transfer/test_link.py": {"_clear_cuda_error", "_register", "_sleep"},
     "engines/transfer/test_throttle.py": {"_sleep"},
     "engines/transfer/test_trace.py": {"_sleep"},

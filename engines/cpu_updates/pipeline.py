@@ -32,7 +32,7 @@ from engines.cpu_updates.cpu_threads import AdamThreads
 from engines.cpu_updates.rank_numbers import POLL_S
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
-from engines.transfer.clock import now_s
+from engines.transfer.clock import EventPair, now_s
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
@@ -370,7 +370,7 @@ class UpdatePipeline:
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
             destination(direction, update.share)
-            self._exposure.between("gpu", start, _timed_event(self._stream))
+            self._exposure.between("gpu", EventPair(start, _timed_event(self._stream)))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)
             update.applied = self._slot_free[slot] = self._link.record()

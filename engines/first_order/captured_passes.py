@@ -9,7 +9,6 @@ first seen: by then kernels are chosen, compiled and loaded, which no capture ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from engines.base import Batch
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import sent
 from engines.model.cuda_graphs import MOST_FORMS
+from engines.model.graph_capture import capturing
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 
@@ -113,21 +113,10 @@ class CapturedPasses:
         if self._gradients is None:
             _cuda.empty_cache()  # what earlier steps left in the ordinary pool is room for the graph's
         self._put_gradients()
-        graph = _cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                if clears:
-                    torch._foreach_zero_([each for each in self._gradients or () if each is not None])
-                loss = self._run(form.inputs, padded)
-            except BaseException:
-                with suppress(RuntimeError):  # what spoilt the capture is the cause to tell
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with capturing(self._stream, self._pool) as graph:
+            if clears:
+                torch._foreach_zero_([each for each in self._gradients or () if each is not None])
+            loss = self._run(form.inputs, padded)
         if self._gradients is None:
             self._gradients = [parameter.grad for parameter in self._parameters]
         return graph, loss

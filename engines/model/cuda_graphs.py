@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engines.model.blocks import BlockCall
+from engines.model.graph_capture import capturing
 
 MOST_FORMS = 4
 """Forms of inputs (shapes, dtypes, and what is no tensor) that are captured; a form has a graph per block."""
@@ -90,18 +91,11 @@ class BlockGraphs:
         return self._known[id(calls)]
 
     def _capture(self, index: int, form: _Form) -> Any:
-        graph = _cuda.CUDAGraph()
-        torch.cuda.synchronize()
         if not form.graphs:
+            torch.cuda.synchronize()
             _cuda.empty_cache()  # what the first step left in the ordinary pool is room for the graphs'
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                form.hidden.copy_(self._run(index, form.calls[index], form.hidden))
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        with capturing(self._stream, self._pool) as graph:
+            form.hidden.copy_(self._run(index, form.calls[index], form.hidden))
         return graph
 
 

@@ -18,6 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from engines.model.blocks import BlockCall
 from engines.model.cuda_graphs import MOST_FORMS, form_key, replaced, tensors_of
+from engines.model.graph_capture import capturing
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 
@@ -187,16 +188,8 @@ class TrainingGraphs:
         return form.shared[-1]
 
     def _capture(self, work: Callable[[], None]) -> Any:
-        graph = _cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        with capturing(self._stream, self._pool) as graph:
+            work()
         return graph
 
 

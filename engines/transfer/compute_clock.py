@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from engines.transfer.exposure import ExposureClock
     from engines.transfer.trace import Span, Timeline
-from engines.transfer.clock import compute_stream, take_ended_s, torch_cuda
+from engines.transfer.clock import EventPair, compute_stream, take_ended_s, torch_cuda
 
 
 class ComputeClock:
@@ -35,7 +35,7 @@ class ComputeClock:
         self.label = stream
         self._span: Span | None = None
         self._begun: Any = None
-        self._times: list[tuple[Any, Any]] = []
+        self._times: list[EventPair] = []
         self.is_running = False
         """Between `start` and `stop`."""
 
@@ -66,10 +66,10 @@ class ComputeClock:
             self._timeline.end(self._span)
             self._span = None
         if self._begun is not None:
-            ended = self._event()
-            self._times.append((self._begun, ended))
+            pair = EventPair(self._begun, self._event())
+            self._times.append(pair)
             if self._exposure is not None:
-                self._exposure.between("gpu", self._begun, ended)
+                self._exposure.between("gpu", pair)
             self._begun = None
 
     def take_s(self) -> float | None:

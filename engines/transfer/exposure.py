@@ -12,11 +12,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from engines.transfer.clock import compute_stream
+from engines.transfer.clock import EventPair, compute_stream
 
 Resource = Literal["gpu", "d2h", "cpu", "h2d"]
 
@@ -88,15 +88,21 @@ def _clipped(spans: Iterable[Interval], window: Interval) -> list[Interval]:
     return [span for span in clipped if span[0] < span[1]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Work between two CUDA events with timing."""
+class _Asked(NamedTuple):
+    """Work on the GPU or the link, as it was enqueued."""
 
     resource: Resource
-    start: Any
-    end: Any
+    pair: EventPair
     asked_s: float | None
     """When the host enqueued it, by its clock."""
+
+
+class _Placed(NamedTuple):
+    """The same, once it has ended: its time since a step began."""
+
+    resource: Resource
+    span: Interval
+    asked_s: float | None
 
 
 class ExposureClock:
@@ -109,7 +115,9 @@ class ExposureClock:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self._lock = threading.Lock()
-        self._pairs: list[_Pair] = []
+        self._asked: list[_Asked] = []
+        self._placed: list[_Placed] = []
+        """Since the oldest of `_marks`: of the thread that takes."""
         self._host: list[Interval] = []
         self._marks: list[Any] = []
 
@@ -121,11 +129,11 @@ class ExposureClock:
         event.record(compute_stream(self._device))
         self._marks.append(event)
 
-    def between(self, resource: Resource, start: Any, end: Any, asked_s: float | None = None) -> None:
-        """Work between two recorded CUDA events. For copies, `asked_s` is when the host enqueued `start`."""
+    def between(self, resource: Resource, pair: EventPair, asked_s: float | None = None) -> None:
+        """Work between recorded CUDA events. For copies, `asked_s` is when the host enqueued the first."""
         if self._is_cuda:
             with self._lock:
-                self._pairs.append(_Pair(resource, start, end, asked_s))
+                self._asked.append(_Asked(resource, pair, asked_s))
 
     def on_host(self, start_s: float, end_s: float) -> None:
         """Work of the CPU, by the engines' clock."""
@@ -142,28 +150,42 @@ class ExposureClock:
         if len(self._marks) <= STEPS_BEHIND or not self._marks[STEPS_BEHIND].query():
             return Exposed()
         origin = self._marks.pop(0)
-        window = (0.0, _seconds(origin, self._marks[0]))
+        end_s = _seconds(origin, self._marks[0])
+        # HAZARD: those who start copies and run Adam want the lock, too, and what follows takes milliseconds:
+        # with the lock held, a fifth of a step of `lsp` at 1.3B passed in which nothing was started.
         with self._lock:
-            spans: dict[Resource, list[Interval]] = {}
-            later: list[_Pair] = []
-            lags_s: list[float] = []
-            for pair in self._pairs:
-                if not pair.end.query():
-                    later.append(pair)
-                    continue
-                span = _seconds(origin, pair.start), _seconds(origin, pair.end)
-                spans.setdefault(pair.resource, []).append(span)
-                if pair.asked_s is not None:
-                    lags_s.append(span[0] - pair.asked_s)
-                if span[1] > window[1]:
-                    later.append(pair)
-            self._pairs = later
-            if self._host and lags_s:
-                shift_s = min(lags_s)
-                placed = [(start_s + shift_s, end_s + shift_s) for start_s, end_s in self._host]
-                spans["cpu"] = placed
-                self._host = [span for span, at in zip(self._host, placed, strict=True) if at[1] > window[1]]
-        return exposed(spans, window)
+            asked, self._asked = self._asked, []
+            host, self._host = self._host, []
+        running = self._place(origin, asked)
+        spans: dict[Resource, list[Interval]] = {}
+        for placed in self._placed:
+            spans.setdefault(placed.resource, []).append(placed.span)
+        lags_s = [each.span[0] - each.asked_s for each in self._placed if each.asked_s is not None]
+        if host and lags_s:
+            shift_s = min(lags_s)
+            on_host = [(start_s + shift_s, stop_s + shift_s) for start_s, stop_s in host]
+            spans["cpu"] = on_host
+            host = [span for span, at in zip(host, on_host, strict=True) if at[1] > end_s]
+        self._placed = [
+            each._replace(span=(each.span[0] - end_s, each.span[1] - end_s))
+            for each in self._placed
+            if each.span[1] > end_s
+        ]
+        with self._lock:
+            self._asked[:0], self._host[:0] = running, host
+        return exposed(spans, (0.0, end_s))
+
+    def _place(self, origin: Any, asked: Iterable[_Asked]) -> list[_Asked]:
+        """Find the time of what has ended since `origin`; the rest."""
+        running: list[_Asked] = []
+        for each in asked:
+            taken_s = each.pair.seconds()
+            if taken_s is None:
+                running.append(each)
+                continue
+            start_s = _seconds(origin, each.pair.start)
+            self._placed.append(_Placed(each.resource, (start_s, start_s + taken_s), each.asked_s))
+        return running
 
 
 def _seconds(earlier: Any, later: Any) -> float:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engines.shapes import Direction
-from engines.transfer.clock import compute_stream, now_s, take_ended_s, torch_cuda
+from engines.transfer.clock import EventPair, compute_stream, now_s, take_ended_s, torch_cuda
 from engines.transfer.throttle import GpuPace, HostPace
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class Link:
             priority = 0 if self._gpu_pace is None else -1
             self._up = torch_cuda.Stream(device, priority)
             self._down = torch_cuda.Stream(device, priority)
-        self._h2d_times: list[tuple[Any, Any]] = []
-        self._d2h_times: list[tuple[Any, Any]] = []
+        self._h2d_times: list[EventPair] = []
+        self._d2h_times: list[EventPair] = []
 
     def upload(self, host: Tensor, out: Tensor, after: After = None, name: str = "copy") -> Event:
         """Copy `host` to `out` on the GPU once `after` has happened; the event of its end.
@@ -126,7 +126,6 @@ class Link:
         direction: Direction,
         name: str,
     ) -> Event:
-        times = self._h2d_times if direction == "h2d" else self._d2h_times
         label = "upload" if direction == "h2d" else "download"
         # Blocking: a thread that waits sleeps, and leaves its core to those that work.
         start, end = torch_cuda.Event(enable_timing=True), torch_cuda.Event(enable_timing=True, blocking=True)
@@ -149,9 +148,10 @@ class Link:
             end.record(stream)
             if span is not None and self._timeline is not None:
                 self._timeline.end(span, stream)
-            times.append((start, end))
+            pair = EventPair(start, end)
+            (self._h2d_times if direction == "h2d" else self._d2h_times).append(pair)
             if self._exposure is not None:
-                self._exposure.between(direction, start, end, asked_s)
+                self._exposure.between(direction, pair, asked_s)
         return Event(end)
 
     def record(self) -> Event:

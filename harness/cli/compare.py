@@ -40,11 +40,12 @@ from harness.cli.options import (
 from harness.cli.quality import study_seen
 from harness.cli.suites import SuiteFlags, suite_seen
 from harness.cli.sweep_progress import measure_seen
-from harness.cli.tables import grid_table, runs_table
+from harness.cli.tables import grid_table, host_line, runs_table
 from harness.pipeline import ROUNDS, Sweep, planned_cells, prepare
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
 from harness.quality.study import StudyRequest, prepare_study
+from harness.records.comparison import other_host
 from profiles.documents import to_json
 
 
@@ -132,6 +133,8 @@ def compare(
         typer.echo(to_json(tuple(runs)), nl=False)
     else:
         console().print(runs_table(runs))
+        if (unlike := other_host(runs, ready.machine)) is not None:
+            console(stderr=True, quiet=quiet).print(host_line(unlike), markup=False, soft_wrap=True)
         typer.echo(by_name("reports.render:what_to_do")(folder))
         typer.echo(str(folder))
     exit_for(run.end_state for run in runs)

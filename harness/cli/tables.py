@@ -17,7 +17,7 @@ from engines.settings.parse import settings_class
 from engines.settings.zeroth_order import approximation
 from harness.models.configs import NAMED_SHAPES, named_shape
 from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, where_known
-from harness.records.comparison import Comparison, WhyUndecided, comparisons
+from harness.records.comparison import Comparison, OtherHost, WhyUndecided, comparisons
 from harness.records.run import Run
 from harness.records.settings import published_presets
 from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, rare_step_s
@@ -219,6 +219,16 @@ def bands_missed(runs: Sequence[Run]) -> Iterator[str]:
             f"{side} than the range predicted: {_span(min(times_s), max(times_s))}, not {span}; "
             "'recommend --calibrate FOLDER' learns from it"
         )
+
+
+def host_line(found: OtherHost) -> str:
+    """That the machine's profile does not describe the processor that runs had."""
+    taken, profile = format_seconds(found.taken_s), format_seconds(found.profile_s)
+    how = "longer" if found.is_slower else "less"
+    return (
+        f"starting an operation took this processor {taken}, not {profile} as the machine's profile says: "
+        f"steps that wait for it take {how} than predicted ('lspzo-bench probe' measures it anew)"
+    )
 
 
 def _span(low_s: float, high_s: float) -> str:

@@ -6,6 +6,7 @@ nothing else took; else the answer is 'undecided', with why.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from harness.records.stats import (
     ratio,
     same_or_different,
 )
+from profiles.machine import Machine
 
 BesideNative = Literal["faster", "slower", "same", "undecided"]
 
@@ -30,6 +32,10 @@ _WORDS: dict[StepTimeComparison, BesideNative] = {
     "SAME": "same",
     "AMBIGUOUS": "undecided",
 }
+
+OTHER_HOST_FACTOR = 1.4
+"""Between what starting an operation takes and what the profile says, from which the profile does not
+describe the host: the probe's quickest samples on three hosts of H200s were 13.9 to 18.9 us."""
 
 WhyUndecided = Literal["few_runs", "disturbed", "overlap", "emulated", "not_at_best"]
 
@@ -118,3 +124,34 @@ def not_at_its_best(run: Run) -> str | None:
     if by_hand:
         return f"set by hand: {', '.join(by_hand)}"
     return run.notes[0] if run.notes else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OtherHost:
+    """What starting an operation took where runs ran, and what the machine's profile says of it."""
+
+    taken_s: float
+    """The median over the runs."""
+    profile_s: float
+
+    @property
+    def is_slower(self) -> bool:
+        return self.taken_s > self.profile_s
+
+
+def other_host(runs: Sequence[Run], machine: Machine | None) -> OtherHost | None:
+    """Where the processor that `runs` had is not the one that `machine` describes, by a factor of
+    `OTHER_HOST_FACTOR`. `None` too where that was not measured, or a smaller machine was emulated."""
+    if machine is None or not machine.cpu.forward_launch_s.value:
+        return None
+    profile = machine.cpu.forward_launch_s
+    taken = [
+        run.summary.forward_launch_s
+        for run in runs
+        if run.summary.forward_launch_s is not None and run.environment.emulated is None
+    ]
+    if not taken:
+        return None
+    found = OtherHost(taken_s=statistics.median(taken), profile_s=profile.low or profile.value or 0.0)
+    factor = found.taken_s / found.profile_s
+    return None if 1 / OTHER_HOST_FACTOR < factor < OTHER_HOST_FACTOR else found

@@ -87,6 +87,9 @@ class Summary:
     compile_s: float | None = None
     """What torch's compiler took in this process, in the first steps: a part of the set-up and of no median
     where there are warm-up steps. 0: nothing was compiled."""
+    forward_launch_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """What starting an operation without autograd took this process's CPU after the run, by the probe's own
+    measure. `None`: there is no GPU, or the record is of before this was measured."""
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None
     peak_gpu_nvml_bytes: int | None = None

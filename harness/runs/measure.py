@@ -27,6 +27,7 @@ from engines.errors import NonFiniteLoss
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
 from harness.runs.emulate import AppliedLimits
+from profiles.probe.launches import DEVICE, forward_s
 
 ENERGY_WINDOW_S = 1.0
 """Shortest measured window whose energy is reported: NVML's counter moves every 20 to 100 ms."""
@@ -329,6 +330,22 @@ def compile_s() -> float | None:
         return float(dynamo.calculate_time_spent()["total_wall_time"])
     except (AttributeError, KeyError):  # none of it is promised
         return None
+
+
+LAUNCHES_S = 0.15
+"""For which operations are started and timed after a run."""
+
+
+def forward_launch_s() -> float | None:
+    """Seconds that starting an operation takes this process now, as the probe measures it: the machine's
+    profile may be of another host, or of one that was less busy. `None` without CUDA, and where there is no
+    GPU memory left for the tiny model."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    with contextlib.suppress(Exception):  # the run is over and has its result
+        return forward_s(LAUNCHES_S, DEVICE).low
+    return None
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -41,6 +41,7 @@ from harness.runs.measure import (
     Scenario,
     compile_s,
     forget_last_run,
+    forward_launch_s,
     gpu_peaks,
     measure,
     own_peak_bytes,
@@ -178,6 +179,7 @@ def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | 
         peak_gpu_reserved_bytes=reserved,
         peak_host_bytes=own_peak_bytes(),
         compile_s=compile_s(),
+        forward_launch_s=forward_launch_s() if state == "ok" else None,  # last: it takes memory of its own
     )
     return Result(
         end_state=state, end_reason=reason, samples=recording.samples, summary=summary, notes=recording.notes

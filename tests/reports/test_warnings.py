@@ -7,6 +7,7 @@ import pytest
 from harness.records.run import Run
 from profiles.language import speaking
 from profiles.machine import Machine
+from profiles.units import format_seconds
 from reports.criteria import Criteria, default_criteria
 from reports.metrics import group
 from reports.warnings import warnings
@@ -147,6 +148,25 @@ def test_a_profile_of_another_machine_is_said(changes: dict[str, str | None], wa
     runs = [make_run(environment=make_environment(**changes))]
     told = warnings_of(runs, ASKED, make_machine())
     assert ("not of the machine that ran" in told) == warned
+
+
+@pytest.mark.parametrize(
+    ("taken_s", "said"), [(31e-6, "longer than"), (9e-6, "less than"), (17e-6, None), (None, None)]
+)
+def test_a_profile_of_another_processor_is_said(taken_s: float | None, said: str | None) -> None:
+    """Of the same name, slower or quicker than it says; nothing where it was not measured."""
+    runs = [make_run(forward_launch_s=taken_s), make_run("native", forward_launch_s=taken_s)]
+    profile = make_machine()
+    launch = replace(profile.cpu.adam_elements_per_s, value=20e-6, low=15e-6, high=30e-6)
+    known = replace(profile, cpu=replace(profile.cpu, forward_launch_s=launch))
+    told = warnings_of(runs, ASKED, known)
+    assert ("Starting an operation took this processor" in told) == (said is not None)
+    if said is not None:
+        assert f"{format_seconds(taken_s)} after the runs, and 15.0 us by the machine's profile" in told
+        assert said in told
+    assert "Starting an operation" not in warnings_of(runs, ASKED, profile)
+    emulated = [replace(each, environment=make_environment(emulated="a card")) for each in runs]
+    assert "Starting an operation" not in warnings_of(emulated, ASKED, known)
 
 
 def test_what_an_emulation_did_not_hold_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.transfer import exposure
+from engines.transfer.clock import EventPair, take_ended_s
 from engines.transfer.exposure import (
     Exposed,
     ExposureClock,
@@ -89,7 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExposureClock]:
 def add(
     clock: ExposureClock, resource: Resource, begin: float, end: float, asked: float | None = None
 ) -> None:
-    clock.between(resource, FakeEvent(begin), FakeEvent(end), asked)
+    clock.between(resource, EventPair(FakeEvent(begin), FakeEvent(end)), asked)
 
 
 def test_a_step_is_told_once_two_more_have_begun(clock: ExposureClock) -> None:
@@ -103,7 +105,7 @@ def test_a_step_is_told_once_two_more_have_begun(clock: ExposureClock) -> None:
         told.append(clock.take())
     assert told[:2] == [Exposed(), Exposed()]
     assert told[2:] == [Exposed(gpu_s=4.0, h2d_s=3.0)] * 2
-    assert all(pair.start.at_s >= 10.0 for pair in clock._pairs)  # what is past is forgotten
+    assert len(clock._placed) + len(clock._asked) == 2 * exposure.STEPS_BEHIND  # what is past is forgotten
 
 
 def test_a_copy_across_a_boundary_counts_on_both_sides(clock: ExposureClock) -> None:
@@ -135,6 +137,55 @@ def test_the_hosts_clock_is_laid_on_the_gpus_by_the_quickest_copy(clock: Exposur
     assert found.cpu_s == pytest.approx(2.0)
     assert found.h2d_s == pytest.approx(1.0)
     assert clock._host == []
+
+
+def test_while_events_are_asked_for_their_times_other_threads_go_on(clock: ExposureClock) -> None:
+    """Adam and those who start copies tell the clock of their work, and must not wait until it has looked."""
+    told: list[float] = []
+
+    class Asked(FakeEvent):
+        def elapsed_time(self, later: FakeEvent) -> float:
+            thread = threading.Thread(target=clock.on_host, args=(1.0, 2.0), daemon=True)
+            thread.start()
+            thread.join(10.0)
+            assert not thread.is_alive(), "it waits for the clock"
+            told.append(later.at_s)
+            return super().elapsed_time(later)
+
+    clock.mark()
+    clock.between("gpu", EventPair(Asked(1.0), FakeEvent(6.0)))
+    clock.on_host(0.0, 1.0)
+    for now in (10.0, 20.0):
+        FakeEvent.now = now
+        clock.mark()
+    assert clock.take() == Exposed(gpu_s=5.0)
+    assert told == [6.0]
+    assert clock._host == [(0.0, 1.0), (1.0, 2.0)]
+
+
+def test_a_pair_of_events_is_asked_for_its_times_once(clock: ExposureClock) -> None:
+    """Over the steps for which it is kept, and by all clocks."""
+    asked: list[str] = []
+
+    class Counting(FakeEvent):
+        def query(self) -> bool:
+            asked.append("query")
+            return super().query()
+
+        def elapsed_time(self, later: FakeEvent) -> float:
+            asked.append("elapsed")
+            return super().elapsed_time(later)
+
+    clock.mark()
+    pair = EventPair(Counting(21.0), Counting(22.0))
+    clock.between("h2d", pair, asked_s=20.0)
+    for now in (10.0, 20.0, 30.0, 40.0):
+        FakeEvent.now = now
+        clock.mark()
+    assert take_ended_s([pair]) == pytest.approx(1.0)
+    for _ in range(2):
+        clock.take()
+    assert asked == ["query", "elapsed"]
 
 
 def test_a_cpu_device_knows_nothing() -> None:

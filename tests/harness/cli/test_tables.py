@@ -12,6 +12,7 @@ from harness import progress
 from harness.cli import tables
 from harness.cli.sweep_progress import CompareProgress
 from harness.progress import ProbeProgress, Progress
+from harness.records.comparison import OtherHost
 from harness.records.run import Sample
 from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep import Cell, Ended, Planned, Started
@@ -127,6 +128,13 @@ def test_a_step_outside_the_range_that_was_predicted_is_told() -> None:
     band = replace(run.predicted, step_s_low=10.0, step_s_high=20.0)
     (line,) = tables.bands_missed([replace(each, predicted=band) for each in faster])
     assert line.startswith("faster than the range predicted: 1.00 s to 3.00 s, not 10.0 s to 20.0 s;")
+
+
+def test_a_processor_that_the_profile_does_not_describe_is_told() -> None:
+    line = tables.host_line(OtherHost(taken_s=31e-6, profile_s=14e-6))
+    assert line.startswith("starting an operation took this processor 31.0 us, not 14.0 us as")
+    assert "take longer than predicted" in line
+    assert "take less than predicted" in tables.host_line(OtherHost(taken_s=7e-6, profile_s=14e-6))
 
 
 def test_what_one_step_in_many_does_is_told_beside_the_ratio_of_medians() -> None:

@@ -18,7 +18,8 @@ from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
 from harness.records.job import Job
 from harness.records.run import Sample
-from harness.runs.measure import RunRecording, SetUpParts, gpu_peaks, measure
+from harness.runs import measure as measuring
+from harness.runs.measure import RunRecording, SetUpParts, forward_launch_s, gpu_peaks, measure
 from harness.runs.scenarios import Decode, Train
 
 
@@ -358,6 +359,23 @@ def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_peaks() == (None, None)
     monkeypatch.delitem(sys.modules, "torch")
     assert gpu_peaks() == (None, None)
+
+
+def test_starting_operations_is_timed_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the probe's own measure, here on the CPU; without CUDA, and where it fails, there is no figure."""
+    assert forward_launch_s() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(measuring, "DEVICE", "cpu")
+    taken = forward_launch_s()
+    assert taken is not None
+    assert 1e-7 < taken < 1e-2
+
+    def fails(seconds: float, device: str) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(measuring, "forward_s", fails)
+    assert forward_launch_s() is None
 
 
 class SpeakingEngine(Scripted):
