@@ -205,13 +205,9 @@ def _fitting(
         for o in outer
     ]
     for kept in moments:
-        fitting = [
-            found
-            for room in rooms
-            for each in tried
-            if each.moments == kept
-            if context.why_missing(found := replace(each, gradient_blocks=room)) is None
-        ]
+        mine = [each for each in tried if each.moments == kept]
+        with_room = [replace(each, gradient_blocks=room) for room in rooms for each in mine]
+        fitting = [each for each in with_room if context.why_missing(each) is None]
         roomy = [each for each in fitting if each.gradient_blocks == rooms[0] or _has_room(context, each)]
         if fitting:
             return _fastest(context, given, roomy or fitting)
