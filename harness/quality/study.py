@@ -72,20 +72,12 @@ class StudyRequest:
 def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     """The plan of a study, or the one that is in its folder. Writes nothing.
 
-    Raises `UserError` for what is wrong with the arguments before the machine is measured, and for a folder
-    with another study.
+    Raises `UserError` for what is wrong with the arguments before the machine is measured (`check_study`),
+    and for a folder with another study.
     """
-    if study.seeds < 1:
-        raise UserError("--seeds", "must be positive", "give 3 or more")
-    if job.limits.gpus > 1 or job.limits.nodes > 1:
-        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
-    check_folder(study.out, resume=study.resume)
-    if study.emulate is not None and study.profile is not None:
-        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
-    like = None if study.emulate is None else emulated(find_profile(study.emulate))
-    shape = resolve_shape(job)
-    check_metric(study.target.metric, job, shape)
+    shape = check_study(job, study)
     rungs = rungs_of(study.budget, study.seeds, job.workload)
+    like = None if study.emulate is None else emulated(find_profile(study.emulate))
     named = study.emulate or study.profile
     machine = study.machine
     if machine is None or named is not None:
@@ -102,6 +94,23 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     if exists(study.out / PLAN):
         plan = _same_plan(load_plan(study.out), plan, study.out)
     return PreparedStudy(plan=plan, shape=shape, machine=machine, plans=plans, emulated=like, out=study.out)
+
+
+def check_study(job: Job, study: StudyRequest) -> ModelShape:
+    """The model's shape. Raises `UserError` for what is wrong on any machine: it needs no measurement."""
+    if study.seeds < 1:
+        raise UserError("--seeds", "must be positive", "give 3 or more")
+    if job.limits.gpus > 1 or job.limits.nodes > 1:
+        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
+    check_folder(study.out, resume=study.resume)
+    if study.emulate is not None and study.profile is not None:
+        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
+    if study.emulate is not None:
+        emulated(find_profile(study.emulate))
+    shape = resolve_shape(job)
+    check_metric(study.target.metric, job, shape)
+    rungs_of(study.budget, study.seeds, job.workload)
+    return shape
 
 
 def _plans(job: Job, shape: ModelShape, machine: Machine, study: StudyRequest) -> dict[str, Plan]:
