@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from engines.costs.table import traffic
 from engines.errors import UserError
 from engines.files.reading import expanded
 from harness.records.job import make_job
@@ -13,7 +12,7 @@ from harness.records.run import Environment, Run, load_run
 from harness.resolve import resolve_shape
 from profiles.advice.calibration import Calibration, Seen, calibration_of, hardware, why_other_hardware
 from profiles.machine import Machine
-from profiles.planning.predict import predict
+from profiles.planning.ranks import context_of_a_rank
 
 SAME_MODEL = 1.3
 """A record whose own prediction is further than this from today's was predicted, or run, by another version
@@ -70,7 +69,8 @@ def _seen(path: Path, machine: Machine) -> Seen | str:
     if not 1 / SAME_MODEL <= predicted_s / recorded_s <= SAME_MODEL:
         return OTHER_VERSION
     energy_j = run.summary.energy_j
-    power_w = None if energy_j is None else energy_j / taken_s
+    boards = max(1, len(run.ranks))
+    power_w = None if energy_j is None else energy_j / taken_s / boards
     return Seen(engine=run.engine, ratio=taken_s / predicted_s, power_w=power_w)
 
 
@@ -84,5 +84,7 @@ def _why_other(environment: Environment, machine: Machine) -> str | None:
 
 def _predicted_s(run: Run, machine: Machine) -> float | None:
     job = make_job(run.job, "the run's job")
-    cost = traffic(run.engine, resolve_shape(job), job.workload, run.plan.settings.typed)
-    return predict(cost, machine, job.workload).step_s
+    gpus, nodes = job.limits.gpus, job.limits.nodes
+    shape = resolve_shape(job)
+    context = context_of_a_rank(run.engine, machine, shape, job.workload, gpus=gpus, nodes=nodes)
+    return context.step_s(run.plan.settings.typed)

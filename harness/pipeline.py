@@ -127,7 +127,8 @@ def plan_job(
         nodes=job.limits.nodes,
         job_arguments={
             engine: job_arguments(
-                replace(job, settings={k: v for k, v in job.settings.items() if k == engine})
+                replace(job, settings={k: v for k, v in job.settings.items() if k == engine}),
+                has_gpu=machine.gpu is not None,
             )
             + _emulate_argument(emulate)
             for engine in engines
@@ -309,8 +310,9 @@ def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:
     return emulated(find_profile(emulate))
 
 
-def job_arguments(job: Job) -> str:
-    """The flags that give this job, for commands that a person can paste."""
+def job_arguments(job: Job, *, has_gpu: bool = True) -> str:
+    """The flags that give this job, for commands that a person can paste. Where no GPU is, a limit of its
+    memory is left out: it limits nothing, and the run's record would have it."""
     default = Job(model=job.model)
     parts = ["--model", job.model.name]
     if job.model.random_weights:
@@ -326,6 +328,10 @@ def job_arguments(job: Job) -> str:
         parts += ["--eval-data", job.data.evaluate]
     if job.data.columns:
         parts += ["--columns", ",".join(f"{role}={column}" for role, column in job.data.columns.items())]
+    if job.data.template:
+        parts += ["--template", job.data.template]
+    if job.data.labels:
+        parts += ["--labels", ",".join(job.data.labels)]
     parts += [
         flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
     ]
@@ -342,7 +348,7 @@ def job_arguments(job: Job) -> str:
         if name in _ALWAYS or getattr(job, name) != getattr(default, name):
             parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
     parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]
-    if job.limits.vram_bytes is not None:
+    if job.limits.vram_bytes is not None and has_gpu:
         parts += ["--vram", typed_bytes(job.limits.vram_bytes)]
     if job.limits.host_bytes is not None:
         parts += ["--host-memory", typed_bytes(job.limits.host_bytes)]

@@ -187,7 +187,7 @@ def recommended(
     for engine, context in contexts.items():
         own = replace(job, settings={name: each for name, each in job.settings.items() if name == engine})
         given = planned.settings_of(engine)
-        plan = plan_engine(context, given, job_arguments(own))
+        plan = plan_engine(context, given, job_arguments(own, has_gpu=machine.gpu is not None))
         plan = with_scaling(plan, context, on_one.context(engine, machine), given)
         plans.append(replace(plan, prediction=calibrated(plan.prediction, engine, calibration)))
     forecasts = {
@@ -213,7 +213,7 @@ def recommended(
         blocked=tuple(each for each in found if isinstance(each, Blocked)),
         verdict=verdict_of(
             plans, forecasts, ways, shape, of_job=planned.amount is not None,
-            compare=f"lspzo-bench compare {job_arguments(job)}",
+            compare=f"lspzo-bench compare {job_arguments(job, has_gpu=machine.gpu is not None)}",
             compare_steps=ROUNDS * (job.steps + job.warmup_steps),
         ),
         calibration=calibration,

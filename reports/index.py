@@ -19,7 +19,7 @@ from engines.settings.zeroth_order import MezoSettings
 from harness.records.columns import SECONDS, CellValue, Column, RowT, Unit, table_cells
 from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run, load_run
-from harness.records.stats import Rounds, ratio, step_statistics
+from harness.records.stats import SAME_FACTOR, Rounds, ratio, step_statistics
 from profiles.documents import write_whole
 from profiles.language import speaking
 from profiles.units import format_seconds
@@ -54,7 +54,7 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
-CHOSEN = ("d", "resident_blocks")
+CHOSEN = ("d", "resident_blocks", "checkpointed_blocks", "moments")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""
@@ -291,10 +291,13 @@ def _if_timed(of: Callable[[Published], CellValue]) -> Callable[[Published], Cel
 
 
 def _step_s(each: Published) -> CellValue:
-    """Its median in seconds, both of two runs, or how the runs ended."""
-    found = each.rounds.step_s
+    """Its median in seconds, both of two runs, or how the runs ended; beside it what a step of a long job
+    takes on average, where that is more."""
+    found, lasting_s = each.rounds.step_s, each.rounds.lasting_step_s
     if found is None:
         return ends(each.rounds.runs)
+    if lasting_s is not None and lasting_s >= SAME_FACTOR * found.median:
+        return say("index.lasting", step=middle(found, number), lasting=number(lasting_s))
     return middle(found, number) if found.count == 2 else found.median
 
 

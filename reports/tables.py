@@ -15,7 +15,7 @@ from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.comparison import beside_native
 from harness.records.memory_limits import reserves_known
 from harness.records.run import Run
-from harness.records.stats import Rounds, over_runs
+from harness.records.stats import SAME_FACTOR, Rounds, over_runs, rare_step_s
 from profiles.language import quantity, translated
 from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
@@ -47,6 +47,7 @@ from reports.metrics import (
     Measurements,
     ends,
     find,
+    is_emulated,
     largest,
     over_steps,
     predicted,
@@ -171,9 +172,33 @@ SPEED: tuple[Column[MethodRow], ...] = (
 
 def speed_table(all_: Measurements) -> Table:
     """Step time, tokens, how it stands beside native, loss, and accuracy where there was an evaluation. What
-    lsp's first step would add to each is a note."""
+    lsp's first step would add to each, and what one step in so many of others does, is a note."""
     searches = [note for engine in all_.rounds if (note := _search_note(all_.of(engine)))]
-    return Table.of(SPEED, _methods(all_), say("tablenote.speed"), *searches)
+    return Table.of(SPEED, _methods(all_), say("tablenote.speed"), *searches, *rare_notes(all_))
+
+
+def rare_notes(all_: Measurements) -> Iterator[str]:
+    """Methods whose median step is not that of a long job, since one step in so many has more to do. That of
+    lsp has a note of its own in `speed_table`."""
+    native_s = all_.of(YARDSTICK).lasting_step_s
+    for engine in all_.engines:
+        rounds = all_.of(engine)
+        usual_s, lasting_s, expected = rounds.step_s, rounds.lasting_step_s, predicted(rounds)
+        if usual_s is None or lasting_s is None or expected is None or _search_note(rounds):
+            continue
+        if is_emulated(rounds) or lasting_s < SAME_FACTOR * usual_s.median:
+            continue
+        beside = ""
+        if engine != YARDSTICK and native_s:
+            beside = say("tablenote.rare_beside_native", ratio=times(lasting_s / native_s))
+        yield say(
+            "tablenote.rare",
+            engine=engine,
+            every=f"{expected.rare_every:,}",
+            more=format_seconds(typical(rounds, rare_step_s)),
+            step=format_seconds(lasting_s),
+            beside=beside,
+        )
 
 
 def _step(rounds: Rounds) -> str | None:

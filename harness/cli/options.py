@@ -275,7 +275,8 @@ DataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
-        help="With --suite: the folder that has its tasks' files. [default: none; built-in data need none]",
+        help="With --suite: the folder that has its tasks' files. "
+        "[default: the suite's own, where it is a file; built-in data need none]",
     ),
 ]
 SeedsFlag = Annotated[int, typer.Option("--seeds", min=1, help="With --target: seeds of the last trials.")]

@@ -82,14 +82,14 @@ JobSteps = Annotated[
 PowerFlag = Annotated[
     str | None,
     typer.Option(
-        "--power", help="What the machine takes under load, such as 450W; gives kWh. [default: not said]"
+        "--power", help="What a machine takes under load, such as 450W; gives kWh. [default: not said]"
     ),
 ]
 PriceFlags = Annotated[
     list[str] | None,
     typer.Option(
         "--price",
-        help="Of an hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29. "
+        help="Of a machine's hour or a kWh, with its date: 2.49USD/h@2026-11-29, 31JPY/kWh@2026-11-29. "
         "[default: none is built in]",
     ),
 ]

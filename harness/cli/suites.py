@@ -14,14 +14,15 @@ from engines.errors import UserError
 from harness.cli.job_flags import JobFlags
 from harness.cli.options import method_names
 from harness.cli.quality import study_seen
-from harness.pipeline import find_machine
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
-from harness.quality.study import StudyRequest, planned_trials, predicted_s, prepare_study
-from harness.quality.suites import Suite, SuiteTask, file_of, job_of_task, load_suite, merged
+from harness.quality.study import StudyRequest, check_study, planned_trials, predicted_s, prepare_study
+from harness.quality.suites import Suite, SuiteTask, beside_suite, file_of, job_of_task, load_suite, merged
 from harness.quality.trials import PreparedStudy
+from harness.records.job import Job
 from profiles.advice.words import duration
 from profiles.documents import to_json
+from profiles.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,12 @@ def suite_seen(flags: JobFlags, asked: SuiteFlags, *, dry_run: bool, as_json: bo
         raise UserError("--suite", "its tasks name their data", "name their folder with --data-dir")
     ready, why = _prepared(suite, flags, asked)
     if not ready:
-        raise UserError(f"--suite {asked.name}", "no task of it can be studied", next(iter(why.values())))
+        reason = next(iter(why.values()))
+        raise UserError(
+            f"--suite {asked.name}",
+            f"no task of it can be studied: {reason}",
+            "name the folder of its files with --data-dir",
+        )
     if dry_run:
         if as_json:
             typer.echo(to_json(tuple(each.plan for each in ready.values())), nl=False)
@@ -60,7 +66,7 @@ def suite_seen(flags: JobFlags, asked: SuiteFlags, *, dry_run: bool, as_json: bo
         notes.print(f"{name}: left out: {reason}", markup=False, soft_wrap=True)
     for name, each in ready.items():
         notes.print(f"task {name}", markup=False)
-        study_seen(each, dry_run=False, as_json=as_json, quiet=asked.quiet)
+        study_seen(each, dry_run=False, as_json=as_json, quiet=asked.quiet, out=asked.out)
 
 
 def _prepared(
@@ -76,22 +82,28 @@ def _prepared(
         budget=parse_budget(asked.budget or suite.budget), seeds=asked.seeds, sizes=suite.sizes,
         profile=asked.profile, emulate=emulate, resume=asked.resume, quiet=asked.quiet,
     )  # fmt: skip
-    ready: dict[str, PreparedStudy] = {}
+    wanted: dict[str, tuple[Job, StudyRequest]] = {}
     why: dict[str, str] = {}
+    folder = asked.data_dir or beside_suite(asked.name)
     for task in suite.tasks:
         if task.missing:
             why[task.name] = task.missing
             continue
         try:
-            values, test = job_of_task(suite, task, asked.data_dir), _test(task, asked.data_dir)
+            values, test = job_of_task(suite, task, folder), _test(task, folder)
         except UserError as error:
-            why[task.name] = error.why
+            why[task.name] = f"{error.what} {error.why}" if folder is None else error.why
             continue
         job = replace(flags.job(names, _with_padding(values)), warmup_steps=0)
-        if base.machine is None and base.profile is None and base.emulate is None:
-            base = replace(base, machine=find_machine(None, quiet=asked.quiet))
         study = replace(base, out=asked.out / task.name, target=parse_quality_target(task.target), test=test)
-        ready[task.name] = prepare_study(job, study)
+        check_study(job, study)
+        wanted[task.name] = (job, study)
+    ready: dict[str, PreparedStudy] = {}
+    machine: Machine | None = None
+    for name, (job, study) in wanted.items():
+        ready[name] = prepare_study(job, replace(study, machine=machine))
+        if study.profile is None and study.emulate is None:
+            machine = ready[name].machine
     return ready, why
 
 
@@ -125,4 +137,13 @@ def _total(ready: Mapping[str, PreparedStudy]) -> str:
     known = [each for each in of_each if each is not None]
     if len(known) < len(of_each):
         return "total: not known"
-    return f"total: {duration(sum(known))} of steps, set-ups and evaluations apart"
+    trials = evaluations = 0
+    for each in ready.values():
+        for method, rung, count in planned_trials(each.plan):
+            if method.fits:
+                trials += count
+                evaluations += count * (each.plan.rungs[rung].length.evaluations + 1)
+    return (
+        f"total: {duration(sum(known))} of steps; on top of them come {trials} set-ups and {evaluations} "
+        "evaluations, whose times are not predicted"
+    )

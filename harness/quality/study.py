@@ -72,20 +72,12 @@ class StudyRequest:
 def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     """The plan of a study, or the one that is in its folder. Writes nothing.
 
-    Raises `UserError` for what is wrong with the arguments before the machine is measured, and for a folder
-    with another study.
+    Raises `UserError` for what is wrong with the arguments before the machine is measured (`check_study`),
+    and for a folder with another study.
     """
-    if study.seeds < 1:
-        raise UserError("--seeds", "must be positive", "give 3 or more")
-    if job.limits.gpus > 1 or job.limits.nodes > 1:
-        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
-    check_folder(study.out, resume=study.resume)
-    if study.emulate is not None and study.profile is not None:
-        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
-    like = None if study.emulate is None else emulated(find_profile(study.emulate))
-    shape = resolve_shape(job)
-    check_metric(study.target.metric, job, shape)
+    shape = check_study(job, study)
     rungs = rungs_of(study.budget, study.seeds, job.workload)
+    like = None if study.emulate is None else emulated(find_profile(study.emulate))
     named = study.emulate or study.profile
     machine = study.machine
     if machine is None or named is not None:
@@ -102,6 +94,23 @@ def prepare_study(job: Job, study: StudyRequest) -> PreparedStudy:
     if exists(study.out / PLAN):
         plan = _same_plan(load_plan(study.out), plan, study.out)
     return PreparedStudy(plan=plan, shape=shape, machine=machine, plans=plans, emulated=like, out=study.out)
+
+
+def check_study(job: Job, study: StudyRequest) -> ModelShape:
+    """The model's shape. Raises `UserError` for what is wrong on any machine: it needs no measurement."""
+    if study.seeds < 1:
+        raise UserError("--seeds", "must be positive", "give 3 or more")
+    if job.limits.gpus > 1 or job.limits.nodes > 1:
+        raise UserError("--gpus", "a study compares methods on one GPU", "leave it out")
+    check_folder(study.out, resume=study.resume)
+    if study.emulate is not None and study.profile is not None:
+        raise UserError("--profile", "--emulate names the machine already", "leave out one of them")
+    if study.emulate is not None:
+        emulated(find_profile(study.emulate))
+    shape = resolve_shape(job)
+    check_metric(study.target.metric, job, shape)
+    rungs_of(study.budget, study.seeds, job.workload)
+    return shape
 
 
 def _plans(job: Job, shape: ModelShape, machine: Machine, study: StudyRequest) -> dict[str, Plan]:
@@ -135,7 +144,8 @@ def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
     else:
         known = ("accuracy", "f1", "matthews", "loss")
     if metric not in known:
-        hint = ", or use --template" if shape.head == "causal_lm" and examples.labelled else ""
+        is_labelled = shape.head == "causal_lm" and bool(examples.labelled)
+        hint = ", or use --template" if is_labelled and not job.data.template else ""
         raise UserError(
             f"--target {metric}", "this task has no such metric", f"choose from: {', '.join(known)}{hint}"
         )
@@ -171,8 +181,13 @@ def _check_long_enough(method: MethodTrials, plan: StudyPlan) -> None:
                 f"--budget {plan.budget}",
                 f"is too short for {method.name}: a trial has {seconds:.3g} s and "
                 f"{rung.length.evaluations} evaluations, a step takes {method.step_s:.3g} s",
-                f"give {math.ceil(plan.budget.seconds * short / 60)}min or more",
+                f"give {_budget_text(plan.budget.seconds * short)} or more",
             )
+
+
+def _budget_text(seconds: float) -> str:
+    """At least so long, as `--budget` takes it."""
+    return f"{math.ceil(seconds)}s" if seconds < 60 else f"{math.ceil(seconds / 60)}min"
 
 
 def _same_plan(before: StudyPlan, now: StudyPlan, out: Path) -> StudyPlan:

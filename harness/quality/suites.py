@@ -100,6 +100,11 @@ def load_suite(name: str) -> Suite:
     return suite
 
 
+def beside_suite(name: str) -> Path | None:
+    """The folder of a suite that is the user's own file, in which its data are looked for; else `None`."""
+    return None if name in suite_names() else Path(name).parent
+
+
 def job_of_task(suite: Suite, task: SuiteTask, folder: Path | None) -> dict[str, Any]:
     """Fields of the task's job. Raises `UserError` for files that are not there."""
     given: dict[str, Any] = merged(suite.job, task.job)

@@ -84,6 +84,20 @@ class Rounds:
         """Counted steps of each run that ended `ok`, in seconds."""
         return tuple(counted_step_s(run.samples) for run in self.ok)
 
+    @property
+    def lasting_step_times(self) -> tuple[tuple[float, ...], ...]:
+        """The same as a long job has them: each with its part of what one step in so many has to do beside,
+        which no median shows."""
+        return tuple(
+            tuple(step_s + rare_share_s(run) for step_s in counted_step_s(run.samples)) for run in self.ok
+        )
+
+    @property
+    def lasting_step_s(self) -> float | None:
+        """Median over the runs of those; `None`: no step was counted."""
+        medians = [statistics.median(steps) for steps in self.lasting_step_times if steps]
+        return statistics.median(medians) if medians else None
+
 
 def spread(values: Iterable[float]) -> Spread | None:
     """`None` for no values at all."""
@@ -223,6 +237,14 @@ def rare_step_s(run: Run) -> float | None:
     if first is None:
         return None
     return max(0.0, first.step_s - usual_s - (run.summary.compile_s or 0.0))
+
+
+def rare_share_s(run: Run) -> float:
+    """A step's part of that in a long job; 0 where all steps are alike."""
+    rare_s, predicted = rare_step_s(run), run.predicted
+    if rare_s is None or predicted is None or not predicted.rare_every:
+        return 0.0
+    return rare_s / predicted.rare_every
 
 
 def rare_job_s(run: Run, steps: float) -> float | None:

@@ -11,6 +11,9 @@ from engines.shapes import Workload
 ONE_STEP = "one step"
 """Basis of an amount that nobody said."""
 
+MOST = 1e18
+"""Sequences of a job, beyond which a number was typed wrong."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
@@ -102,6 +105,8 @@ def amount_of(workload: Workload, asked: Asked, data: DataLengths | None) -> Amo
         )
     else:
         return None
+    if sequences > MOST:
+        raise UserError(f"{said}{_epochs(asked.epochs)}", "is more than anybody trains", "say how many")
     whole = math.ceil(sequences - 1e-9)
     lengths = f"sequences of {workload.seq_len} tokens" if data is None else data.description
     return Amount(

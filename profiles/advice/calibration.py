@@ -27,7 +27,7 @@ class Seen:
     engine: str
     ratio: float
     power_w: float | None = None
-    """Mean of the GPU's board over the steps, where it was measured."""
+    """Mean of a GPU's board over the steps, where it was measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ class Calibration:
     left_out: Mapping[str, int]
     """Why records were left out -> how many."""
     power_w: Mapping[str, float] = field(default_factory=dict)
-    """Engine -> median power of the GPU's board in its steps."""
+    """Engine -> median power of a GPU's board in its steps."""
 
     @property
     def summary(self) -> str:

@@ -63,9 +63,17 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
             rate, taken = formatted(amount / times[name]), format_seconds(times[name])
             yield f"{name} = {total} {what} / {rate} = {taken}"
     overlap = cost.overlap.replace("_", " ")
+    if waited_s := context.network_s(plan.settings.typed):
+        rate = format_rate(context.network_bytes_per_s)
+        yield (
+            f"network = losses and gradients of {context.nodes} machines at {rate} (supposed) = "
+            f"{format_seconds(waited_s)}"
+        )
+    then = ", then the network" if waited_s else ""
     if plan.prediction.step_s is not None:
         yield (
-            f"step = these, overlapped as '{overlap}' has it, = {format_seconds(plan.prediction.step_s)}; "
+            f"step = these, overlapped as '{overlap}' has it{then}, = "
+            f"{format_seconds(plan.prediction.step_s)}; "
             f"limited by {plan.prediction.bottleneck or 'nothing'}"
         )
 

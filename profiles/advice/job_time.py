@@ -11,7 +11,7 @@ from profiles.advice.calibration import Calibration, calibrated
 from profiles.advice.money import Cost, Price, costs_of
 from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
-from profiles.planning.predict import COMPILE_HIGH_S, COMPILE_LOW_S, predict
+from profiles.planning.predict import COMPILE_HIGH_S, COMPILE_LOW_S
 from profiles.units import format_bytes
 
 RARE_ERROR = 2.0
@@ -53,7 +53,7 @@ class Rates:
     """What an hour takes beside time, as typed."""
 
     power_w: float | None = None
-    """Of the whole machine under load."""
+    """Of a whole machine under load."""
     prices: tuple[Price, ...] = ()
 
 
@@ -86,7 +86,7 @@ def job_forecast(
             f" One step in {plan.prediction.rare_every} has more to do: {rare_s:.3g} s in all."
         )
     kwh = None
-    power_w, power_basis = _power(plan.engine, rates, calibration)
+    power_w, power_basis = _power(context, rates, calibration)
     if power_w is not None:
         low, expected, high = (power_w * each / 3.6e6 for each in seconds)
         kwh = low, expected, high
@@ -102,7 +102,7 @@ def job_forecast(
         energy_kwh_low=None if kwh is None else kwh[0],
         energy_kwh=None if kwh is None else kwh[1],
         energy_kwh_high=None if kwh is None else kwh[2],
-        costs=costs_of(rates.prices, (low_h, hours, high_h), kwh),
+        costs=costs_of(rates.prices, (low_h, hours, high_h), kwh, machines=context.nodes),
         basis=basis,
     )
 
@@ -112,14 +112,19 @@ def sum_of_parts(parts: Mapping[str, int]) -> str:
     return " + ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
-def _power(engine: str, rates: Rates, calibration: Calibration | None) -> tuple[float | None, str]:
-    """Watts, and where they come from."""
+def _power(
+    context: PlanningContext, rates: Rates, calibration: Calibration | None
+) -> tuple[float | None, str]:
+    """Watts of all machines, or of all GPUs, and where they come from."""
+    machines, boards = context.nodes, context.ranks
     if rates.power_w is not None:
-        return rates.power_w, f"{rates.power_w:g} W all the time, as typed"
-    power_w = None if calibration is None else calibration.power_w.get(engine)
+        each = f" of each of {machines} machines" if machines > 1 else ""
+        return machines * rates.power_w, f"{rates.power_w:g} W{each} all the time, as typed"
+    power_w = None if calibration is None else calibration.power_w.get(context.engine)
     if power_w is None:
         return None, ""
-    return power_w, f"{power_w:.3g} W, of the GPU's board alone, as records of this machine measured"
+    whose = "the GPU's board alone" if boards == 1 else f"each of {boards} GPUs' boards alone"
+    return boards * power_w, f"{power_w:.3g} W, of {whose}, as records of this machine measured"
 
 
 def _seconds(
@@ -127,9 +132,8 @@ def _seconds(
 ) -> Band | None:
     low = expected = high = 0.0
     for seq_len, share in amount.shares:
-        workload = replace(context.workload, seq_len=seq_len)
-        cost = replace(context, workload=workload).cost(settings.typed)
-        prediction = calibrated(predict(cost, context.machine, workload), context.engine, calibration)
+        shorter = replace(context, workload=replace(context.workload, seq_len=seq_len))
+        prediction = calibrated(shorter.predict(settings.typed), context.engine, calibration)
         if prediction.step_s_low is None or prediction.step_s is None or prediction.step_s_high is None:
             return None
         steps = share * amount.steps

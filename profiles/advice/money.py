@@ -50,7 +50,8 @@ def parse_price(text: str) -> Price:
     if day is None:
         raise UserError(what, "has no date, and prices change", REMEDY)
     try:
-        date.fromisoformat(day)
+        if date.fromisoformat(day).isoformat() != day:  # 20261129 and 2026-W48 are dates, too
+            raise ValueError
     except ValueError:
         raise UserError(what, f"'{day}' is no date", REMEDY) from None
     return Price(amount=float(amount), currency=currency, per="kWh" if per == "kWh" else "h", day=day)
@@ -65,15 +66,22 @@ def parse_power(text: str) -> float:
 
 
 def costs_of(
-    prices: Sequence[Price], hours: tuple[float, float, float], kwh: tuple[float, float, float] | None
+    prices: Sequence[Price],
+    hours: tuple[float, float, float],
+    kwh: tuple[float, float, float] | None,
+    *,
+    machines: int = 1,
 ) -> tuple[Cost, ...]:
-    """By currency, low, expected and high. A price per kWh says nothing where the power is not known."""
+    """By currency, low, expected and high. A price of an hour is that of one of the `machines`, `kwh` are
+    those of all. A price per kWh says nothing where the power is not known."""
     found: dict[str, Cost] = {}
     for price in prices:
         amounts = hours if price.per == "h" else kwh
         if amounts is None:
             continue
-        low, expected, high = (price.amount * each for each in amounts)
+        times = machines if price.per == "h" else 1
+        low, expected, high = (times * price.amount * each for each in amounts)
+        text = price.text if times == 1 else f"{times} x {price.text}"
         before = found.get(price.currency)
         if before is not None:
             low, expected, high = low + before.low, expected + before.expected, high + before.high
@@ -82,6 +90,6 @@ def costs_of(
             low=low,
             expected=expected,
             high=high,
-            basis=price.text if before is None else f"{before.basis} + {price.text}",
+            basis=text if before is None else f"{before.basis} + {text}",
         )
     return tuple(found.values())

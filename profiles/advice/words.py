@@ -74,7 +74,12 @@ def band(low: float | None, high: float | None) -> str:
 
 
 def money(cost: Cost) -> str:
-    return f"{cost.expected:,.2f} {cost.currency} ({cost.low:,.2f} to {cost.high:,.2f})"
+    return f"{_amount(cost.expected)} {cost.currency} ({_amount(cost.low)} to {_amount(cost.high)})"
+
+
+def _amount(money: float) -> str:
+    """Two places; of a short job's cents two digits, so that they are not nothing."""
+    return f"{money:,.2f}" if money >= 0.1 or money == 0 else f"{money:.2g}"
 
 
 def names(engines: Sequence[str]) -> str:

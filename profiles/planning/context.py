@@ -7,10 +7,11 @@ A planner is a function `choose(context, given)` in a file of its own, named by 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from engines.costs.network import network_s
 from engines.costs.table import traffic
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
@@ -25,6 +26,9 @@ AS_FAST = 1.01
 
 BESIDE_GPU = ("h2d", "d2h", "cpu", "host memory", "disk")
 """Resources that are to hide behind the GPU."""
+
+NETWORK = "network"
+"""What limits a step that waits for other machines longer than it takes on its own."""
 
 GIGABIT_BYTES_PER_S = 125e6
 """What every network between workstations does at least."""
@@ -87,8 +91,22 @@ class PlanningContext:
         return _cost(self.engine, self.shape, self.workload, settings)
 
     def predict(self, settings: Any) -> Prediction:
-        """Of a step with these typed settings."""
-        return predict(self.cost(settings), self.machine, self.workload)
+        """Of a step with these typed settings, what it waits for other machines included."""
+        alone = predict(self.cost(settings), self.machine, self.workload)
+        waited_s = self.network_s(settings)
+        if not waited_s:
+            return alone
+        times: dict[str, Any] = {
+            name: None if (time_s := getattr(alone, name)) is None else time_s + waited_s
+            for name in ("step_s_low", "step_s", "step_s_high")
+        }
+        decides = alone.step_s is not None and waited_s > alone.step_s
+        return replace(alone, **times, bottleneck=NETWORK if decides else alone.bottleneck)
+
+    def network_s(self, settings: Any) -> float:
+        """Seconds that a step waits for other machines; 0 where there are none."""
+        cost = self.cost(settings)
+        return network_s(cost, self.workload, self.ranks, self.nodes, self.network_bytes_per_s)
 
     def step_s(self, settings: Any) -> float | None:
         """Predicted seconds of such a step; `None`: the profile lacks a figure for it."""

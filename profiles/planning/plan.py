@@ -40,7 +40,8 @@ class Prediction:
     h2d_bytes: int
     d2h_bytes: int
     bottleneck: str | None
-    """`gpu`, `h2d`, `d2h`, `cpu`, `disk` or `host memory`; `compute` and `copies` where there is no GPU."""
+    """`gpu`, `h2d`, `d2h`, `cpu`, `disk`, `host memory`, `gpu to gpu` or `network`; `compute` and `copies`
+    where there is no GPU."""
     basis: str
     """One sentence: what the numbers rest on."""
     disk_read_bytes: int = 0

@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 
 from engines import entry, load_target
 from engines.costs.mezo import num_probes
-from engines.costs.network import network_s
 from engines.costs.traffic import Traffic
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
@@ -114,11 +113,10 @@ def plan_engine(context: PlanningContext, given: GivenSettings, job_arguments: s
 
 
 def _prediction(context: PlanningContext, settings: Any) -> Prediction:
-    """With what a step waits for other machines, and what only some steps, or the process, take."""
+    """With what only some steps, or the process, take."""
     cost = context.cost(settings)
-    step = _with_network(_of_machine(context.predict(settings), context.local_ranks), cost, context)
     return replace(
-        step,
+        _of_machine(context.predict(settings), context.local_ranks),
         compile_s=compiling_s(settings, context.machine),
         **_rare(cost, context),
         **_gpu_bytes(cost, context),
@@ -161,16 +159,6 @@ def _of_machine(prediction: Prediction, local_ranks: int) -> Prediction:
         peak_host_bytes=prediction.peak_host_bytes * local_ranks,
         pinned_bytes=prediction.pinned_bytes * local_ranks,
     )
-
-
-def _with_network(prediction: Prediction, cost: Traffic, context: PlanningContext) -> Prediction:
-    """The step's times with what it waits for other machines."""
-    more_s = network_s(cost, context.workload, context.ranks, context.nodes, context.network_bytes_per_s)
-    times: dict[str, Any] = {
-        name: None if (time_s := getattr(prediction, name)) is None else time_s + more_s
-        for name in ("step_s_low", "step_s", "step_s_high")
-    }
-    return replace(prediction, **times) if more_s else prediction
 
 
 def with_scaling(plan: Plan, context: PlanningContext, one: PlanningContext, given: GivenSettings) -> Plan:

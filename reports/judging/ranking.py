@@ -2,8 +2,8 @@
 
 Methods of one verdict are told apart by quality where it was measured on held-out data, and else by kind: a
 step with gradients before one without, what most people would use before the rest, and what trains all
-weights before what trains fewer, which is as good only where that was measured. Only then by time, in which
-ranges that overlap are a tie.
+weights before what trains fewer, which is as good only where that was measured. Only then by the time of a
+step in a long job, with its part of what one in so many does beside; ranges that overlap are a tie.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def beats(one: str, other: str, all_: Measurements) -> bool:
 
 
 def is_faster(one: str, other: str, all_: Measurements) -> bool:
-    """In a step, beyond what the runs of either leave open."""
+    """In a step of a long job, beyond what the runs of either leave open."""
     mine, others = all_.of(one), all_.of(other)
     if not is_emulated(mine) and not is_emulated(others):
-        found = ratio(mine.step_times, others.step_times)
+        found = ratio(mine.lasting_step_times, others.lasting_step_times)
         return found is not None and found.high < 1
     a, b = step_s(one, all_), step_s(other, all_)
     return a.high is not None and b.low is not None and a.high < b.low
@@ -107,7 +107,8 @@ def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]
         return BEST_FIRST.index(each.state), each.missed, float("inf"), zeroth, rare, less
 
     def by_time(each: Standing) -> tuple[float, float, int]:
-        seconds = step_s(each.engine, all_).value
+        rounds = all_.of(each.engine)
+        seconds = step_s(each.engine, all_).value if is_emulated(rounds) else rounds.lasting_step_s
         memory = gpu_peak(each.engine, all_).value or host_peak(each.engine, all_).value
         infinite = float("inf")
         return (
@@ -166,7 +167,7 @@ def _tied(one: Standing, other: Standing, all_: Measurements) -> bool:
         return a.low <= b.high and b.low <= a.high
     if mine.step_s is None or others.step_s is None:
         return mine.step_s is others.step_s
-    found = ratio(mine.step_times, others.step_times)
+    found = ratio(mine.lasting_step_times, others.lasting_step_times)
     return found is not None and found.low <= SAME_FACTOR and found.high >= 1 / SAME_FACTOR
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from harness.records.memory_limits import gpu_taken_bytes
 from harness.records.run import Run
+from harness.records.stats import over_runs, rare_job_s
 from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.format import both, span, times
@@ -53,15 +54,20 @@ def step_s(engine: str, all_: Measurements) -> Stated:
 
 
 def job_s(engine: str, all_: Measurements, steps: float) -> Stated:
-    """Seconds of `steps` steps."""
-    step = step_s(engine, all_)
+    """Seconds of `steps` steps, with what one step in so many takes beside."""
+    step, rounds = step_s(engine, all_), all_.of(engine)
+    rare = over_runs(rounds.ok, lambda run: rare_job_s(run, steps)) if step.origin == "measured" else None
+    more = (0.0, 0.0, 0.0) if rare is None else (rare.low, rare.median, rare.high)
+    if step.origin == "predicted" and (expected := predicted(rounds)) is not None:
+        more = (expected.rare_job_s(steps),) * 3
 
-    def whole(value: float | None) -> float | None:
-        return None if value is None else value * steps
+    def whole(value: float | None, more_s: float) -> float | None:
+        return None if value is None else value * steps + more_s
 
+    low, middle, high = more
     return Stated(
-        value=whole(step.value), low=whole(step.low), high=whole(step.high), origin=step.origin,
-        runs=step.runs,
+        value=whole(step.value, middle), low=whole(step.low, low), high=whole(step.high, high),
+        origin=step.origin, runs=step.runs,
     )  # fmt: skip
 
 

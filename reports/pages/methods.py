@@ -16,7 +16,7 @@ from reports.judging.quality import learned
 from reports.judging.ranking import State
 from reports.messages import say
 from reports.metrics import Measurements, is_emulated, typical
-from reports.tables import fits
+from reports.tables import fits, rare_notes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,4 +116,4 @@ def methods_table(verdict: Verdict, all_: Measurements) -> Table:
         MethodInShort(engine=engine, state=states.get(engine), all_=all_)
         for engine in best_first(verdict, all_)
     ]
-    return Table.of(SHORT, rows, say("tablenote.methods"))
+    return Table.of(SHORT, rows, say("tablenote.methods"), *rare_notes(all_))

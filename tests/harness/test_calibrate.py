@@ -51,6 +51,13 @@ def test_a_record_of_an_earlier_engine_does_not_count(tmp_path: Path) -> None:
         calibration_from(tmp_path, load_machine(FOLDER / "machine.json"))
 
 
+def test_power_of_a_record_of_two_gpus_is_that_of_one_board() -> None:
+    two = RESULTS / "opt-13b-streamed-2gpus_h200_20261129"
+    found = calibration_from(two, load_machine(two / "machine.json"))
+    assert found.factors["zo2"].expected == pytest.approx(1.0, abs=0.1)
+    assert 400 < found.power_w["zo2"] < 700  # 992 W of both
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no runs"):
         calibration_from(tmp_path, find_profile(Path("rtx-4090")))

@@ -23,7 +23,11 @@ from reports.criteria import (
     parse_criteria,
 )
 from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
-from reports.judging.untried import Untried
+from reports.judging import stated
+from reports.judging.ranking import beats, is_faster
+from reports.judging.untried import Untried, to_try
+from reports.metrics import group
+from reports.tables import rare_notes
 from run_records import (
     emulated_run,
     make_environment,
@@ -465,6 +469,17 @@ def test_quality_of_random_weights_is_not_known(metric: Metric) -> None:
     assert decide(real, asked, make_machine()).state == "GO"
 
 
+def test_a_method_that_refuses_the_precision_is_tried_in_another_and_beside_the_rest() -> None:
+    """Runs of two precisions are not compared, so that only both in one can tell the ratio."""
+    untried = Untried(first=("native", "lora"), refusing=("native",))
+    verdict = decide([make_run("zo2")], criteria(criterion("step_time_ratio")), make_machine(), untried)
+    assert "--dtype bf16 --engines native,zo2 --out bf16 && lspzo-bench report bf16" in verdict.next_command
+    assert to_try("native", untried).startswith(
+        "lspzo-bench compare --job job.toml --dtype bf16 --engines native --out native &&"
+    )
+    assert "--resume" in to_try("lora", untried)
+
+
 def test_where_native_is_predicted_not_to_fit_nothing_is_missing() -> None:
     untried = Untried(yardstick_is_out="needs 900 GiB of GPU memory, 22 GiB are usable")
     verdict = decide([make_run("zo2")], default_criteria(), make_machine(), untried)
@@ -482,6 +497,27 @@ def test_hours_count_what_one_step_in_many_does() -> None:
     compiled = replace(run, predicted=rare, summary=replace(run.summary, compile_s=3.0))
     found = {row.metric: row for row in decide([compiled], asked, make_machine()).rows}["job_hours"]
     assert found.measured == pytest.approx((15000 * 2.0 + 150 * (10.0 - 2.0 - 3.0)) / 3600)
+
+
+def test_what_no_median_shows_counts_where_methods_are_ranked_and_in_the_headline() -> None:
+    """A step of 1 s and one in 4 of 5 s is no faster than steps of 1.5 s, however little memory it takes."""
+    runs = []
+    for round_ in (1, 2, 3):
+        runs.append(make_run("backward-optimizer", round=round_, step_s=(1.5,) * 8))
+        row = make_run("galore", round=round_, step_s=(1.0,) * 8, peak_gpu_reserved_bytes=10**9)
+        assert row.predicted is not None
+        runs.append(replace(row, predicted=replace(row.predicted, rare_s=40.0, rare_every=4)))
+    all_ = group(runs, make_machine())
+    assert all_.of("galore").lasting_step_s == 2.0
+    assert is_faster("backward-optimizer", "galore", all_)
+    assert not beats("galore", "backward-optimizer", all_)
+    verdict = decide(runs, default_criteria(), make_machine())
+    assert verdict.method == "backward-optimizer"
+    assert all(each.beaten_by is None for each in verdict.methods)
+    assert stated.job_s("galore", all_, 100).value == pytest.approx(200.0)
+    (note,) = rare_notes(all_)
+    assert "One step in 4 of galore takes 4.00 s more" in note
+    assert "2.00 s on average" in note
 
 
 def test_hours_and_cost_of_the_whole_job() -> None:

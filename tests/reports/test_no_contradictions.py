@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import get_args
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,8 @@ class Measured:
     host_bytes: int
     accuracy: float | None
     failed: bool
+    rare: bool
+    """One step in 100 has more to do, the first among them."""
 
 
 MEASURED = st.builds(
@@ -46,6 +49,7 @@ MEASURED = st.builds(
     host_bytes=st.integers(10**9, 10**11),
     accuracy=st.none() | st.floats(0.0, 1.0),
     failed=st.booleans(),
+    rare=st.booleans(),
 )
 
 
@@ -56,7 +60,7 @@ def runs_of(found: dict[str, Measured], *, emulated: bool) -> list[Run]:
             if each.failed and number == 0:
                 runs.append(make_run(engine, round=9, end_state="crash"))
             made = emulated_run if emulated else make_run
-            runs.append(
+            run = (
                 made(
                     engine, round=number + 1, step_s=(median, median * 1.01, median),
                     peak_gpu_reserved_bytes=each.gpu_bytes, peak_gpu_allocated_bytes=each.gpu_bytes * 9 // 10,
@@ -65,6 +69,9 @@ def runs_of(found: dict[str, Measured], *, emulated: bool) -> list[Run]:
                     eval_accuracy_last=each.accuracy,
                 )
             )  # fmt: skip
+            if each.rare and run.predicted is not None:
+                run = replace(run, predicted=replace(run.predicted, rare_s=median, rare_every=100))
+            runs.append(run)
     return runs
 
 
@@ -119,6 +126,9 @@ def test_the_same_thing_has_the_same_number_everywhere(
         time = time_of(engine, all_)
         shown = stated.plain_time(time)
         gpu = quantity(format_bytes(found[engine].gpu_bytes))
+        hours = find("job_hours", engine, all_).value
+        if hours is not None and time.value is not None:
+            assert hours * 3600 == pytest.approx(time.value)
         assert front.tiles[0].value == shown
         assert front.tiles[1].value == gpu
         told = " ".join(text for _, facts in front.parts for _, text in facts)

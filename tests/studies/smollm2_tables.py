@@ -1,6 +1,7 @@
 """The tables of tests/studies/smollm2/README.md out of the published records, and what they say of methods.
 
-    python tests/studies/smollm2_tables.py
+    python tests/studies/smollm2_tables.py            prints the tables
+    python tests/studies/smollm2_tables.py pictures   writes the curves beside the page
 
 Steps to a value are those of the first evaluation that meets it and whose next one does too. Nine tenths of
 native's gain: from the value before training to the median, over native's seeds, of the best on development
@@ -23,6 +24,10 @@ from harness.quality.documents import QualityTarget, TrialRecord  # noqa: E402
 from harness.quality.judge import over_seeds  # noqa: E402
 from harness.records.run import Run, load_run  # noqa: E402
 from harness.records.stats import counted_step_s  # noqa: E402
+from reports.charts.axes import Axis  # noqa: E402
+from reports.charts.lines import LevelLine, Line, lines  # noqa: E402
+from reports.charts.marks import standalone  # noqa: E402
+from reports.studies.curves import middle_curve  # noqa: E402
 from reports.studies.read import LoadedStudy, load_study  # noqa: E402
 
 RESULTS = ROOT / "reports" / "results"
@@ -235,6 +240,44 @@ def seconds_table() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+PICTURES = {"SST-2, bf16": "sst2.svg", "SST-2, fp32": "sst2-fp32.svg", "WikiText-2, bf16": "wikitext2.svg"}
+"""Curves of these tasks' methods."""
+DRAWN = ("native", "lora", "exact-offload", "lsp, d = n/2", "lsp, d = n/4", "mezo")
+"""`zo2`'s curves are those of `mezo`, and the rest of `lsp`'s lie among the others'."""
+
+
+def picture(task: str) -> str:
+    """Development data over steps: each seed thin, the median over seeds bold."""
+    methods = [each for each in methods_of(task) if each.label in DRAWN]
+    metric, value = methods[0].metric, nine_tenths(methods[0])
+    series: list[Line] = []
+    engines: list[str] = []
+    for each in methods:
+        engine = each.finals[0].engine
+        nth = engines.count(engine)
+        engines.append(engine)
+        found = [_curve(one, metric) for one in each.finals if one.end_state == "ok"]
+        series += [Line(label=each.label, engine=engine, nth=nth, points=one, is_faint=True) for one in found]
+        series.append(Line(label=each.label, engine=engine, nth=nth, points=middle_curve(found)))
+    is_share = metric == "accuracy"
+    drawn = lines(
+        f"SmolLM2-135M, {task}",
+        "; ".join(f"{each.label}: {_value(each.best)} at its best" for each in methods),
+        series,
+        lambda _: Axis(name="steps"),
+        Axis(
+            name=f"{metric.replace('_', ' ')} on development data",
+            unit="%" if is_share else "", size=0.01 if is_share else 1.0,
+        ),
+        [LevelLine(value=value, name="90 % of gain")],
+    )  # fmt: skip
+    return standalone(drawn)
+
+
+def _curve(record: TrialRecord, metric: str) -> tuple[tuple[float, float], ...]:
+    return tuple((float(each.step), each.metrics[metric]) for each in record.learned.evaluations)
+
+
 def _seconds(found: Seconds | str) -> str:
     if isinstance(found, str):
         return found
@@ -265,6 +308,10 @@ def _steps(steps: Sequence[int | None]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["pictures"]:
+        for task, name in PICTURES.items():
+            (Path(__file__).parent / "smollm2" / name).write_text(picture(task), encoding="utf-8")
+        return
     for task in TASKS:
         print(f"## {task}\n", *table(task), "", *first_rung(task), "", sep="\n")
     print("## Seconds\n", *seconds_table(), sep="\n")

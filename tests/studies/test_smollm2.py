@@ -9,7 +9,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from smollm2_tables import TASKS, _steps_to, beside, first_rung, methods_of, seconds_table, table
+from smollm2_tables import (
+    PICTURES,
+    TASKS,
+    _steps_to,
+    beside,
+    first_rung,
+    methods_of,
+    picture,
+    seconds_table,
+    table,
+)
 
 from harness.quality.documents import QualityTarget
 
@@ -21,6 +31,12 @@ def test_the_page_has_the_tables_of_the_records(task: str) -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     for line in (*table(task), *first_rung(task)):
         assert line in lines
+
+
+@pytest.mark.parametrize("task", PICTURES)
+def test_the_pictures_are_of_the_records(task: str) -> None:
+    assert (PAGE.parent / PICTURES[task]).read_text(encoding="utf-8") == picture(task)
+    assert f"({PICTURES[task]})" in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_has_the_seconds_of_the_records() -> None:

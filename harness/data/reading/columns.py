@@ -181,9 +181,9 @@ def meaning_of(name: str, records: Records, said: Mapping[str, str], named: Name
     for column in named:
         flag = f"{{{shortened(column)}}} of a template or a label"
         if column not in records.columns:
-            raise UserError(
-                flag, f"is no column of {name}, which has {listed(records.columns)}", "name one of them"
-            )
+            role_of = {column: role for role, column in meaning.column_of.items() if role != column}
+            names = [f"{each} ({role_of[each]})" if each in role_of else each for each in records.columns]
+            raise UserError(flag, f"is no column of {name}, which has {listed(names)}", "name one of them")
         if column in answers:
             raise UserError(flag, "would tell the model the answer", "leave it out")
     roles = [role for role in meaning.column_of if role not in ("label", "target")]

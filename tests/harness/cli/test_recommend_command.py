@@ -168,11 +168,13 @@ def test_a_limit_on_a_card_that_is_not_there_limits_nothing_and_is_told(tmp_path
     profile |= {"gpu": None, "link": None, "gpu_absent_reason": "none"}
     path = tmp_path / "machine.json"
     path.write_text(json.dumps(profile))
-    done = CliRunner().invoke(
-        app, ["recommend", "--model", "opt-125m", "--profile", str(path), "--vram", "24GB", "--quiet"]
-    )
+    asked = ["--model", "opt-125m", "--profile", str(path), "--vram", "24GB", "--quiet", "--json"]
+    done = CliRunner().invoke(app, ["recommend", *asked])
     assert done.exception is None
     assert "--vram 22.4 GiB limits nothing: no GPU is found here" in done.stderr
+    proposed = [plan["verify_command"] for plan in json.loads(done.stdout)["plans"] if plan["fits"]]
+    assert proposed
+    assert not [command for command in proposed if "--vram" in command]
 
 
 @pytest.mark.parametrize("platform", ["Linux 6.6", "Linux 6.6, WSL2"])

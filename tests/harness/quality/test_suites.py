@@ -96,8 +96,56 @@ def test_a_toy_suite_says_what_it_would_run(tmp_path: Path) -> None:
     assert "reviews │ accuracy>=0.9 │ mezo, mezo:many │ │ 18" in told
     assert "left out: needs nothing.tsv" in told
     assert "left out: nobody has written it" in told
-    assert "total:" in told
+    assert "of steps; on top of them come 18 set-ups and 198 evaluations, whose times are not" in told
     assert not (tmp_path / "out").exists()
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["compare", "--suite", *arguments, "--dry-run"])
+    assert isinstance(done.exception, UserError)
+    return str(done.exception)
+
+
+def test_what_is_wrong_with_a_suite_is_said_before_the_machine_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data lie beside it, so that nothing but its name is needed."""
+    path = toy(tmp_path)
+    (tmp_path / "data/reviews.tsv").rename(tmp_path / "reviews.tsv")
+    monkeypatch.setattr("harness.quality.study.find_machine", lambda *_, **__: pytest.fail("measured"))
+    text = path.read_text()
+    path.write_text(text.replace("{text}", "{txt}"))
+    said = refused(str(path))
+    assert said.startswith("{txt} of a template or a label: is no column of ")
+    assert said.endswith("reviews.tsv, which has 1 (text), 2 (label); name one of them")
+    path.write_text(text.replace("100ktokens", "100tokens"))
+    assert refused(str(path)).startswith("--budget 100 tokens: is too short")
+
+
+def test_a_suite_that_was_stopped_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the suite's folder, in which each task has its own."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.cli.quality.run_study", stopped)
+    path, out = toy(tmp_path), tmp_path / "out"
+    arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(out)]
+    done = CliRunner().invoke(app, ["compare", *arguments, "--profile", str(tmp_path / "machine.json")])
+    assert done.stderr.endswith(f"go on with the same flags, --resume and --out {out}\n")
+
+
+def test_a_suite_without_its_files_says_what_to_name(tmp_path: Path) -> None:
+    what = "--suite lm: no task of it can be studied: "
+    remedy = "; name the folder of its files with --data-dir"
+    assert (
+        refused("lm") == f"{what}--data-dir is missing, and task wikitext2 needs wikitext2/valid.txt{remedy}"
+    )
+    elsewhere = refused("lm", "--data-dir", str(tmp_path))
+    assert elsewhere.startswith(f"{what}needs wikitext2/valid.txt, which is not in ")
+    assert elsewhere.endswith(remedy)
 
 
 @pytest.mark.parametrize("words", [(), ("--template", "{text} It was", "--labels", "bad,good")])

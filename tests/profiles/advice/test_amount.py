@@ -67,3 +67,9 @@ def test_epochs_of_nothing_are_the_users_error() -> None:
 def test_every_sequence_is_in_a_step_and_no_step_is_empty(examples: int, epochs: float) -> None:
     found = amount(Asked(examples=examples, epochs=epochs))
     assert (found.steps - 1) * 8 < max(found.sequences, 1) <= found.steps * 8
+
+
+@pytest.mark.parametrize("epochs", [1e15, 1e306])
+def test_more_than_anybody_trains_is_one_line(epochs: float) -> None:
+    with pytest.raises(UserError, match="more than anybody trains"):
+        amount(Asked(examples=10_000, epochs=epochs))

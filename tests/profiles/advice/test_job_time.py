@@ -102,6 +102,24 @@ def test_energy_and_money_follow_from_hours() -> None:
     assert "as typed" in found.basis["energy_kwh"]
 
 
+def test_several_machines_take_power_and_money_each() -> None:
+    job = replace(JOB, engines=("zo2",), workload=Workload(batch_size=4, seq_len=1024, accumulation=2))
+    calibration = calibration_of([Seen(engine="zo2", ratio=1.0, power_w=500.0)], {})
+    prices = (parse_price("2USD/h@2026-11-29"),)
+    far = replace(job, nodes=2).context("zo2", H200)
+    both = plan_engine(far, job.settings_of("zo2"))
+    typed = job_forecast(both, far, amount(((1024, 1.0),)), Rates(power_w=1000.0, prices=prices))
+    boards = job_forecast(both, far, amount(((1024, 1.0),)), Rates(), calibration)
+    assert typed.seconds is not None
+    assert typed.energy_kwh == pytest.approx(2 * typed.seconds / 3600)
+    assert typed.costs[0].expected == pytest.approx(2 * 2 * typed.seconds / 3600)
+    assert typed.costs[0].basis == "2 x 2 USD/h as of 2026-11-29"
+    assert "each of 2 machines" in typed.basis["energy_kwh"]
+    assert boards.seconds is not None
+    assert boards.energy_kwh == pytest.approx(boards.seconds / 3600)
+    assert "each of 2 GPUs' boards" in boards.basis["energy_kwh"]
+
+
 def test_overlapping_ranges_are_a_tie_and_nothing_else_is() -> None:
     def of(low: float, high: float) -> JobForecast:
         return replace(forecast(), seconds_low=low, seconds=(low + high) / 2, seconds_high=high)

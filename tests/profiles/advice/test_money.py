@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engines.errors import UserError
-from profiles.advice.money import costs_of, parse_power, parse_price
+from profiles.advice import words
+from profiles.advice.money import Cost, costs_of, parse_power, parse_price
 
 HOURS = (1.0, 2.0, 4.0)
 
@@ -33,6 +34,8 @@ def test_without_power_a_price_of_energy_says_nothing() -> None:
         ("2.5USD/day@2026-11-29", "no amount, currency and unit"),
         ("2.5USD/h", "has no date"),
         ("2.5USD/h@tomorrow", "is no date"),
+        ("2.5USD/h@20261129", "is no date"),
+        ("2.5USD/h@2026-W48-7", "is no date"),
         ("-1USD/h@2026-11-29", "no amount"),
     ],
 )
@@ -48,3 +51,11 @@ def test_power_has_a_unit() -> None:
     for text in ("450", "0W", "450mW", "-3W"):
         with pytest.raises(UserError, match="--power"):
             parse_power(text)
+
+
+def test_money_of_a_short_job_is_not_nothing() -> None:
+    def said(amount: float) -> str:
+        return words.money(Cost(currency="USD", low=0, expected=amount, high=1234.5, basis=""))
+
+    assert said(0.0042) == "0.0042 USD (0.00 to 1,234.50)"
+    assert said(12.344) == "12.34 USD (0.00 to 1,234.50)"

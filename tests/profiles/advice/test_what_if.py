@@ -12,10 +12,13 @@ from engines.shapes import Workload
 from harness.models.configs import named_shape
 from harness.recommendation import catalogue
 from profiles.advice.amount import Asked, amount_of
+from profiles.advice.explain import explained
+from profiles.advice.job_time import Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
 from profiles.advice.target import Target, answers, largest_models, machine_size, parse_target
 from profiles.advice.what_if import upgrades, what_if
 from profiles.catalog import find_profile
+from profiles.planning.recommend import plan_engine
 
 WORKLOAD = Workload(batch_size=1, seq_len=512, dtype="fp16")
 RTX_3090 = find_profile(Path("rtx-3090"))
@@ -78,6 +81,25 @@ def test_a_second_machine_over_any_network_shares_steps_without_gradients() -> N
         assert row.zeroth_saved_s is not None
         assert 0.3 < row.zeroth_saved_s / now.zeroth.seconds[1] < 0.6
     assert slow.zeroth_saved_s == pytest.approx(fast.zeroth_saved_s, rel=1e-3)
+
+
+def test_cores_of_lsp_take_their_time_over_the_network() -> None:
+    workload = Workload(batch_size=1, seq_len=512, dtype="bf16", accumulation=8)
+    amount = amount_of(workload, Asked(steps=1000), None)
+    planned = replace(job("deepseek-coder-1.3b", ("lsp",)), workload=workload, amount=amount)
+    far = replace(planned, nodes=2).context("lsp", RTX_3090)
+    plan = plan_engine(far, planned.settings_of("lsp"))
+    assert plan.prediction.bottleneck == "network"
+    assert plan.prediction.step_s is not None
+    told = job_forecast(plan, far, planned.amount_or_step, Rates())
+    assert told.seconds == pytest.approx(1000 * plan.prediction.step_s, rel=0.05)
+    now = outlook("now", RTX_3090, planned)
+    assert now.first is not None
+    slow = [row for row in what_if(now, RTX_3090, planned, {}) if "over 1 Gbit/s" in row.outlook.name]
+    assert slow[0].first_saved_s == 0  # it may lie idle
+    lines = " ".join(explained(plan, far, told))
+    assert "network = losses and gradients of 2 machines at 125 MB/s (supposed)" in lines
+    assert "then the network" in lines
 
 
 def test_what_an_upgrade_brings() -> None:
