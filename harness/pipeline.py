@@ -328,6 +328,10 @@ def job_arguments(job: Job, *, has_gpu: bool = True) -> str:
         parts += ["--eval-data", job.data.evaluate]
     if job.data.columns:
         parts += ["--columns", ",".join(f"{role}={column}" for role, column in job.data.columns.items())]
+    if job.data.template:
+        parts += ["--template", job.data.template]
+    if job.data.labels:
+        parts += ["--labels", ",".join(job.data.labels)]
     parts += [
         flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
     ]

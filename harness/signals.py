@@ -62,3 +62,11 @@ def no_core_dumps() -> None:
     # The limit does not hold a system that pipes dumps to a program; then they hold no memory.
     with contextlib.suppress(OSError), open("/proc/self/coredump_filter", "w", encoding="ascii") as chosen:
         chosen.write("0")
+
+
+def named_signal(number: int) -> str:
+    """`signal 7 (SIGBUS)`; most real-time signals have no name: `signal 40`."""
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"

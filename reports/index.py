@@ -54,7 +54,7 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
-CHOSEN = ("d", "resident_blocks")
+CHOSEN = ("d", "resident_blocks", "checkpointed_blocks", "moments")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 GIBIBYTES = Unit(show=lambda bytes_: f"{bytes_ / GIB:.2f}")
 """Of a column whose heading names the unit."""

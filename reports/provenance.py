@@ -97,8 +97,9 @@ def machine_facts(machine: Machine | None, environment: Environment) -> Table:
             if row.part == part and isinstance(found := row.of(holder), Figure):
                 text = row.form(found.value)
                 if found.low is not None and found.high is not None and found.low < found.high:
-                    ends = span(row.form(found.low), row.form(found.high))
-                    text = say("table.with_range", value=text, range=ends)
+                    low, high = row.form(found.low), row.form(found.high)
+                    if low != high:
+                        text = say("table.with_range", value=text, range=span(low, high))
                 fact(row.path, text, say(f"origin.{found.origin}", method=translated(found.method)))
 
     if machine is None:
@@ -227,7 +228,7 @@ def _about_manifest(loaded: Loaded) -> str:
         return say("integrity.absent")
     count = len(loaded.findings)
     found = say("integrity.not_sound", count=count) if count else say("integrity.sound")
-    return f"{found}. {say('integrity.means')}"
+    return say("show.sentences").join((found, say("integrity.means")))
 
 
 def commands(loaded: Loaded) -> tuple[str, ...]:

@@ -3,6 +3,7 @@ bytes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -194,7 +195,9 @@ def markdown_text(value: Any) -> Any:
     """`value` on one line that Markdown shows as it is, in a table too. `Markup` passes unchanged."""
     if isinstance(value, Markup):
         return value
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An ampersand that begins no entity stays, for commands that are pasted from the raw text.
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(str(value).split()))
+    text = text.replace("<", "&lt;").replace(">", "&gt;")
     for character in "\\`*[]|":
         text = text.replace(character, "\\" + character)
     return text

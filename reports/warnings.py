@@ -225,6 +225,10 @@ def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
             continue
         if run.end_state == "ok" and not (same_gpu and machine.cpu.name == run.environment.cpu):
             return say("warning.other_machine", machine=machine.name)
+        if run.end_state == "ok" and machine.cpu.cores_usable != run.environment.cores_usable:
+            return say(
+                "warning.other_cores", probed=machine.cpu.cores_usable, ran=run.environment.cores_usable
+            )
     return None
 
 

@@ -107,6 +107,7 @@ def _traffic(
             },
             gradients=4 * total,
             passes=how,
+            tensors_of_a_matrix=1 if wide == 0 else 0,
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if how.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},

@@ -37,7 +37,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     pinned = 2 * pinned_copy_bytes(shape, element)
     return Traffic(
         layers=tuple(layers),
-        **training_memory(shape, workload, held={"weights": weights}, gradients=gradients),
+        **training_memory(
+            shape,
+            workload,
+            held={"weights": weights},
+            gradients=gradients,
+            tensors_of_a_matrix=1 if settings.offload_gradients else 2,
+        ),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,

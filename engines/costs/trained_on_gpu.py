@@ -56,7 +56,9 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
     gradients = element * shape.parameters
     return Traffic(
         layers=tuple(_with_paging(layer, shape) for layer in on_gpu) if settings.paged else on_gpu,
-        **training_memory(shape, workload, held=held, gradients=gradients, passes=passes),
+        **training_memory(
+            shape, workload, held=held, gradients=gradients, passes=passes, tensors_of_a_matrix=2
+        ),
         gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
@@ -92,6 +94,7 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
             gradients=IN_FLIGHT * element * shape.largest_tensor,
             passes=passes,
+            tensors_of_a_matrix=3,
         ),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )
@@ -132,6 +135,7 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
             },
             gradients=element * shape.parameters,
             passes=passes,
+            tensors_of_a_matrix=2,
         ),
         gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},

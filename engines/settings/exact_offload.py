@@ -31,7 +31,7 @@ class ExactOffloadSettings(CompiledBlockSettings):
     `previous`: that of the step before, so that nothing waits; the first step is not clipped."""
     gradient_blocks: int | Literal["auto"] = "auto"
     """Blocks whose gradients have room in pinned host memory at once; backward waits for the CPU when they
-    are all taken. `auto`: a third of them; with clip_by=exact there is room for all."""
+    are all taken. `auto`, and with clip_by=exact: all. Plans choose fewer where host memory is short."""
     weights: Weights = "resident"
     """Where the blocks' weights are: on the GPU, or on the host, from where they come up for the forward and
     again for the backward pass. Of no effect without `offload`."""

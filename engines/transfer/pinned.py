@@ -7,13 +7,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
 from engines.transfer.clock import torch_cuda
 
 ReportProgress = Callable[[str, int, int], None]

@@ -1,4 +1,4 @@
-"""Commands that plan every method and run the plans: `recommend`, `compare`.
+"""The command that plans every method and runs the plans: `compare`.
 
 Nothing here plans, measures or lays out a table.
 """

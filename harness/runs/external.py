@@ -81,7 +81,7 @@ def _plan(path: Path, job: Job) -> Plan:
         raise UserError(
             f"{path}, command", "is missing", 'write for example command = ["python", "train.py"]'
         )
-    why_not = _why_not(settings.typed, described.get("needs", {}), job)
+    why_not = _why_not(settings.typed, _needs(described, path), job)
     return Plan(
         engine=engine,
         settings=settings,
@@ -143,9 +143,19 @@ def _table(described: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
     return found
 
 
+def _needs(described: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What must be there, by key. Raises `UserError`."""
+    needs = _table(described, "needs", path)
+    _check_keys(needs, _NEEDS, f"{path}, needs")
+    for key in ("commands", "modules"):
+        names = needs.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}, needs.{key}", "must be a list of names", f'write {key} = ["axolotl"]')
+    return needs
+
+
 def _why_not(settings: ExternalSettings, needs: Mapping[str, Any], job: Job) -> str | None:
     """Why it cannot be run here, or not beside the others."""
-    _check_keys(needs, _NEEDS, "needs")
     install = f" ({needs['install']})" if needs.get("install") else ""
     program = settings.words[0]
     here = Path(settings.folder)

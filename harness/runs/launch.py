@@ -32,6 +32,7 @@ from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kil
 from harness.runs.processes import Group, KeptChild, child_environment, of_rank
 from harness.runs.ranks import MEETING, devices_of, of_group, places
 from harness.runs.worker import REQUEST, RESULT, TRACE, Request, Result
+from harness.signals import named_signal
 from profiles.documents import adapter, to_json, write_whole
 from profiles.machine import Machine
 from profiles.system.nvml import NvmlDevice
@@ -360,7 +361,7 @@ def _judge_code(
             )
         return "crash", "killed by signal 9"
     if code < 0:
-        return "crash", f"killed by signal {-code} ({signal.Signals(-code).name})"
+        return "crash", f"killed by {named_signal(-code)}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last = f": {lines[-1].strip()[:REASON_LENGTH]}" if lines else ""
     return "crash", f"ended with exit code {code} and no result{last}"

@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from harness.progress import Progress
 from harness.records.job import Job
 from harness.runs.processes import Group, of_rank
 from harness.runs.ranks import RankPlace, check_alike, places, what_to_agree_on
+from harness.signals import named_signal
 from harness.training import restore
 from harness.training.led_engine import END, STATE
 from harness.training.run_folder import Method, method_of
@@ -159,6 +159,6 @@ def who_ended(others: Group | None, work: Path, remedy: str) -> UserError:
             continue
         lines = (work / of_rank("log", number)).read_text(encoding="utf-8", errors="replace").splitlines()
         last = lines[-1].strip()[:120] if lines else "it said nothing"
-        why = f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended: {last}"
+        why = f"was killed by {named_signal(-code)}" if code < 0 else f"ended: {last}"
         return UserError(f"rank {number + 1}", why, remedy)
     return UserError("a rank of another machine", "ended, or did not answer", remedy)

@@ -34,8 +34,8 @@ class Untried:
     """Why the yardstick is predicted not to fit, where it was not run."""
     first: tuple[str, ...] = ()
     """Methods that most people would use, were not run, and are not predicted not to fit."""
-    other_dtype: bool = False
-    """The yardstick refuses the job's precision and was planned in `OTHER_DTYPE`."""
+    refusing: tuple[str, ...] = ()
+    """Those of `first` that refuse the job's precision, and were planned in `OTHER_DTYPE`."""
 
 
 def untried_of(loaded: Loaded) -> Untried:
@@ -46,11 +46,11 @@ def untried_of(loaded: Loaded) -> Untried:
     plans = {name: _plan(name, loaded) for name in first}
     yardstick = plans.get(YARDSTICK)
     out = yardstick is not None and yardstick.available and not yardstick.fits
-    refuses = YARDSTICK in first and loaded.job.dtype in entry(YARDSTICK).refuses
+    refusing = tuple(name for name in first if loaded.job.dtype in entry(name).refuses)
     return Untried(
         yardstick_is_out=yardstick.why_not if yardstick is not None and out else None,
         first=tuple(name for name in first if (plan := plans[name]) is None or plan.fits),
-        other_dtype=refuses,
+        refusing=refusing,
     )
 
 
@@ -84,8 +84,11 @@ def _plan(engine: str, loaded: Loaded) -> Plan | None:
 _OF_TIME: tuple[Metric, ...] = ("step_s", "tokens_per_s", "job_hours", "job_cost")
 
 
-def to_try(engine: str) -> str:
-    """The command that runs `engine` beside what was run, typed in the folder of the report."""
+def to_try(engine: str, untried: Untried) -> str:
+    """The command that runs `engine` beside what was run, typed in the folder of the report; by itself where
+    it refuses the precision of that, with which it cannot be compared."""
+    if engine in untried.refusing:
+        return _again(engine, f"--dtype {OTHER_DTYPE} {method_flags([engine])}")
     return _more([engine], rounds=3)
 
 
@@ -108,8 +111,9 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
         if metric in _OF_TIME and any(run.emulation is not None for run in rounds.ok):
             return _again("measured")
         if metric in _NEED_YARDSTICK and not all_.of(YARDSTICK).ok:
-            if untried.other_dtype:
-                return _again(YARDSTICK, f"--dtype {OTHER_DTYPE} --engines {YARDSTICK}")
+            if YARDSTICK in untried.refusing:  # side by side in one that both take
+                both = method_flags([YARDSTICK, *all_.engines])
+                return _again(OTHER_DTYPE, f"--dtype {OTHER_DTYPE} {both}")
             return _more([YARDSTICK], rounds=max(3, len(rounds.runs)))
         if metric in _NEED_EVALUATION and any(run.model.random_weights for run in rounds.ok):
             continue  # it takes the real weights, and where those are nobody here knows

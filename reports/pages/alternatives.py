@@ -71,7 +71,10 @@ def _rows(verdict: Verdict, all_: Measurements, untried: Untried) -> Iterator[Al
     for engine in untried.first:
         yield Alternative(
             name=say("alternative.here", engine=engine), hours=None, cost=None,
-            basis=say("alternative.untried", command=to_try(engine)),
+            basis=say(
+                "alternative.refusing" if engine in untried.refusing else "alternative.untried",
+                command=to_try(engine, untried),
+            ),
         )  # fmt: skip
     if prices is None or all_.steps is None or verdict.method is None:
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.signals import ENDING, INTERRUPTED, interrupt, on_first_signal
+from harness.signals import ENDING, INTERRUPTED, interrupt, named_signal, on_first_signal
 
 ROOT = Path(__file__).parents[2]
 WORK = """
@@ -101,3 +101,8 @@ def test_outside_the_main_thread_nothing_is_changed() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_signal_without_a_name_is_its_number() -> None:
+    assert named_signal(7) == "signal 7 (SIGBUS)"
+    assert named_signal(40) == "signal 40"

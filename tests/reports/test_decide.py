@@ -25,7 +25,7 @@ from reports.criteria import (
 from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
 from reports.judging import stated
 from reports.judging.ranking import beats, is_faster
-from reports.judging.untried import Untried
+from reports.judging.untried import Untried, to_try
 from reports.metrics import group
 from reports.tables import rare_notes
 from run_records import (
@@ -467,6 +467,17 @@ def test_quality_of_random_weights_is_not_known(metric: Metric) -> None:
     assert "the weights are random" in verdict.sentence
     real = [replace(run, model=replace(run.model, random_weights=False)) for run in runs]
     assert decide(real, asked, make_machine()).state == "GO"
+
+
+def test_a_method_that_refuses_the_precision_is_tried_in_another_and_beside_the_rest() -> None:
+    """Runs of two precisions are not compared, so that only both in one can tell the ratio."""
+    untried = Untried(first=("native", "lora"), refusing=("native",))
+    verdict = decide([make_run("zo2")], criteria(criterion("step_time_ratio")), make_machine(), untried)
+    assert "--dtype bf16 --engines native,zo2 --out bf16 && lspzo-bench report bf16" in verdict.next_command
+    assert to_try("native", untried).startswith(
+        "lspzo-bench compare --job job.toml --dtype bf16 --engines native --out native &&"
+    )
+    assert "--resume" in to_try("lora", untried)
 
 
 def test_where_native_is_predicted_not_to_fit_nothing_is_missing() -> None:

@@ -252,6 +252,7 @@ def test_a_model_in_a_folder_is_called_by_its_own_name(name: str, shown: str) ->
 def test_markdown_text() -> None:
     assert markdown_text("a|b\n<i>`*") == "a\\|b &lt;i&gt;\\`\\*"
     assert markdown_text(Markup("a|b")) == "a|b"
+    assert markdown_text("x && y; AT&T &amp; &#39;") == "x && y; AT&T &amp;amp; &amp;#39;"
 
 
 def test_what_was_not_measured_is_said_and_never_zero(failures: Path) -> None:

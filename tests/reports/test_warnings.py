@@ -150,6 +150,15 @@ def test_a_profile_of_another_machine_is_said(changes: dict[str, str | None], wa
     assert ("not of the machine that ran" in told) == warned
 
 
+def test_another_number_of_cores_than_was_measured_is_said() -> None:
+    runs = [make_run(environment=make_environment(cores_usable=10))]
+    told = warnings_of(runs, ASKED, make_machine())
+    assert "measured with 16 usable cores, and runs had 10" in told
+    emulated = [replace(run, environment=make_environment(cores_usable=10, emulated="x")) for run in runs]
+    named = replace(make_machine(), name="x")
+    assert "usable cores, and runs had" not in warnings_of(emulated, ASKED, named)
+
+
 @pytest.mark.parametrize(
     ("taken_s", "said"), [(31e-6, "longer than"), (9e-6, "less than"), (17e-6, None), (None, None)]
 )

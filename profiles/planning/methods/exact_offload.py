@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from engines.costs.exact_offload import gradient_places, state_bytes
+from engines.costs.exact_offload import few_gradient_blocks, gradient_places, state_bytes
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
@@ -31,9 +31,14 @@ MOST_TOKENS = 1 << 24
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
 OUTER: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
+HIDDEN_STATES: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
 """In the order in which they are tried."""
 
 FEWEST_GRADIENT_BLOCKS = 2
+
+HIDDEN_SHARE = 0.9
+"""Of the GPU's time, what updates may take of which it is said that a few gradients at a time suffice."""
+
 TRIED = ("moments", "weights", "outer", "hidden_states", "gradient_blocks")
 
 WAYS_OUT = (
@@ -179,13 +184,19 @@ def _hides(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[fl
 def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
-    """What fits: the least approximate moments; then the fastest of where weights and hidden states are and
-    of who updates what is outside the blocks, the GPU where it is as fast; on disk if need be, and last with
-    room for few gradients. Where nothing fits, what takes the least of the memory that is too small."""
+    """What fits: the least approximate moments; then room for the gradients of all blocks, of a third where
+    updates hide or there is no more; then the fastest of where weights and hidden states are and of who
+    updates what is outside the blocks, the GPU where it is as fast; on disk if need be, and last with room
+    for the fewest gradients. Where nothing fits, what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
-    hidden = (settings.hidden_states,) if "hidden_states" in given else OUTER
+    hidden = (settings.hidden_states,) if "hidden_states" in given else HIDDEN_STATES
+    few = few_gradient_blocks(context.shape.num_blocks)
+    chooses_room = "gradient_blocks" not in given and settings.gradient_blocks == "auto"
+    rooms: tuple[int | Literal["auto"], ...] = (settings.gradient_blocks,)
+    if chooses_room and few < context.shape.num_blocks:
+        rooms = ("auto", few)
     tried = [
         replace(settings, moments=m, weights=w, outer=o, hidden_states=h)
         for h in hidden
@@ -194,11 +205,16 @@ def _fitting(
         for o in outer
     ]
     for kept in moments:
-        fitting = [each for each in tried if each.moments == kept and context.why_missing(each) is None]
+        mine = [each for each in tried if each.moments == kept]
+        with_room = [replace(each, gradient_blocks=room) for room in rooms for each in mine]
+        fitting = [each for each in with_room if context.why_missing(each) is None]
+        roomy = [each for each in fitting if each.gradient_blocks == rooms[0] or _has_room(context, each)]
         if fitting:
-            return _fastest(context, given, fitting)
+            return _fastest(context, given, roomy or fitting)
     if "disk_blocks" not in given and settings.offload:
-        exact_ones = [each for each in tried if each.moments == moments[0]]
+        exact_ones = [
+            replace(each, gradient_blocks=rooms[-1]) for each in tried if each.moments == moments[0]
+        ]
         # Their states alone, and where that is not enough their weights, too.
         for disk_weights in (False, True):
             if disk_weights and "disk_weights" in given:
@@ -211,7 +227,7 @@ def _fitting(
             ]
             if on_disk:
                 return _fastest(context, given, on_disk)
-    if "gradient_blocks" not in given and settings.gradient_blocks == "auto":
+    if chooses_room:
         fewer = _fitting(context, given, replace(settings, gradient_blocks=FEWEST_GRADIENT_BLOCKS))
         if context.why_missing(fewer) is None:
             return fewer
@@ -221,6 +237,12 @@ def _fitting(
     if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact), context.budget) > gpu_bytes:
         return exact
     return least
+
+
+def _has_room(context: PlanningContext, settings: ExactOffloadSettings) -> bool:
+    """Backward does not wait for room for its gradients, as the GPU's work hides the updates."""
+    times = _hides(context, settings)
+    return times is not None and times[1] <= HIDDEN_SHARE * times[0]
 
 
 def _fastest(

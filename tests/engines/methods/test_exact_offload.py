@@ -640,6 +640,23 @@ class TestLife:
         assert threads == {"exact-offload-adam"}
         assert not own_threads()
 
+    def test_backward_waits_for_no_room_where_all_gradients_have_theirs(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All updates begin only when backward has ended."""
+        ended = threading.Event()
+
+        def late(*args: Any, **kwargs: Any) -> None:
+            assert ended.wait(30)
+            adamw(*args, **kwargs)
+
+        monkeypatch.setattr(block_state, "adamw", late)
+        with running("llama", gradient_blocks="auto") as engine:
+            engine.step(tiny_batches(1, "llama"))
+            ended.set()
+            engine.synchronize()
+            assert engine.host.updates() == [1] * BLOCKS
+
     def test_the_host_holds_what_the_costs_say(self) -> None:
         for dtype, moments in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("bf16", "int8")):
             with running("llama", context(dtype), moments=moments) as engine:  # type: ignore[arg-type]

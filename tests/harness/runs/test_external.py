@@ -180,6 +180,10 @@ def test_a_changed_description_is_refused_on_resume(tmp_path: Path) -> None:
         ({"read": {"regex": "(?P<loss>.)"}, "clock": "told"}, r"regex has no group \(\?P<step_s>"),
         ({"clock": "guessed"}, "clock: must be 'arrival' or 'told'"),
         ({"name": "a b"}, "name: must be letters, digits"),
+        ({"needs": 3}, "needs: must be a table"),
+        ({"needs": {"command": ["x"]}}, "needs, command: there is no such key"),
+        ({"needs": {"commands": "axolotl"}}, "needs.commands: must be a list of names"),
+        ({"needs": {"modules": [3]}}, "needs.modules: must be a list of names"),
     ],
 )
 def test_a_file_that_is_no_description_is_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:

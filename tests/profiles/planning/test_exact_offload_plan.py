@@ -90,7 +90,11 @@ def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> No
         found = plan(4096, host_bytes=host_gb * GB)
         assert (found.fits, found.settings["moments"]) == (True, moments)
         assert any(each.startswith("approximate") for each in found.reasons)
-    # With room for few gradients, and last where nothing fits at all.
+    # With room for fewer gradients, exact ones still, and for the fewest where nothing else fits.
+    less = plan(4096, host_bytes=90 * GB)
+    assert (less.fits, less.settings["gradient_blocks"], "moments" in less.settings) == (True, 11, False)
+    assert any(each.startswith("gradient_blocks=11: without it the job needs") for each in less.reasons)
+    assert "gradient_blocks" not in plan(4096, host_bytes=100 * GB).settings
     few = plan(4096, host_bytes=15 * GB)
     assert (few.fits, few.settings["gradient_blocks"], "moments" in few.settings) == (True, 2, False)
     assert any(each.startswith("gradient_blocks=2: without it the job needs") for each in few.reasons)
@@ -128,7 +132,7 @@ def large_host(total_bytes: int) -> Machine:
 @pytest.mark.parametrize(
     ("shape", "tokens", "host_gb", "vram_gb", "expected"),
     [
-        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed"}),
+        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed", "outer": "host"}),
         (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
         (LLAMA_30B, 32768, 560, 141, {"weights": "streamed"}),
         (

@@ -160,10 +160,17 @@ def test_reserved_memory_is_what_is_predicted() -> None:
 
 
 def test_what_cuda_takes_beside_it_is_what_is_predicted() -> None:
-    """Within 0.1 GB, page tables of up to 178 GB of pinned memory included."""
+    """Within 0.1 GB, page tables of up to 178 GB of pinned memory included.
+
+    Of the processes of a method, the one in which it is most: NVML is asked now and then, and may look
+    between two peaks.
+    """
     for name, run, cost in memory_runs():
-        reserved, used = run.summary.peak_gpu_reserved_bytes, run.summary.peak_gpu_nvml_bytes
-        if used is None or reserved is None or (run.engine == "lsp" and GRAPHS_OF_THEIR_OWN in name):
+        every = [load_run(path) for path in (RESULTS / name.split()[0]).glob("runs/*.json")]
+        of_method = [each.summary for each in every if each.engine == run.engine]
+        peaks = [(each.peak_gpu_nvml_bytes, each.peak_gpu_reserved_bytes) for each in of_method]
+        seen = [used - reserved for used, reserved in peaks if used is not None and reserved is not None]
+        if not seen or (run.engine == "lsp" and GRAPHS_OF_THEIR_OWN in name):
             continue
-        beside = used - reserved - KEPT_BY_THE_CARD_BYTES
+        beside = max(seen) - KEPT_BY_THE_CARD_BYTES
         assert abs(beside - beside_torch_bytes(cost, BUDGET)) < 0.15e9, name
