@@ -109,6 +109,7 @@ class TrainingGraphs:
     def forget(self) -> None:
         """Let go of all graphs and their memory; forms count as new."""
         self._forms.clear()
+        self._pool = _cuda.graph_pool_handle()  # the one before goes with its last graph
         _cuda.empty_cache()
 
     def knows(self, call: BlockCall, hidden: Tensor) -> bool:
