@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.costs import transformer
-from engines.costs.traffic import DividedWeights, GpuMemory, Traffic
+from engines.costs.traffic import DividedWeights, GpuMemory, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,
@@ -51,22 +49,20 @@ PIECES_BYTES = 80_000_000
 """Places that are cut in pieces in the pool of a captured step, whatever the model's size: as many as torch
 leaves in its ordinary pool (`profiles.planning.budget.ALLOCATOR_BYTES`), since the two share none."""
 
-MARGIN, MARGIN_CAPTURED, MARGIN_OFFLOADED = 0.06, 0.05, 0.03
+MARGIN, MARGIN_CAPTURED, MARGIN_COUNTED, MARGIN_OFFLOADED = 0.06, 0.05, 0.04, 0.03
 """What memory that is needed may exceed its prediction by. Of ten edges of captured steps on H200s one needs
-between 1 % less and 5 % more, the others up to 2.5 % more; jobs of `exact-offload` and `lsp`, to which torch
-gives back what earlier moments left, ran with at most 3.6 % more in use
-(`tests/studies/prediction_grid_h200`)."""
+between 1 % less and 5 % more, the others up to 2.5 % more; nine that are not captured, whose segments are
+counted, between 2 % less and 3 % more; jobs of `exact-offload` and `lsp`, to which torch gives back what
+earlier moments left, ran with at most 3.6 % more in use (`tests/studies/prediction_grid_h200`)."""
 
 UNSHARED = 0.5
 """Of what is there at different moments and might share places, how much does not, where passes are not
-captured: 0.3 to 0.8 in eleven jobs on H200s. torch gives it back before memory runs out: the edges of
-`exact-offload` ran without (`tests/studies/prediction_grid_h200`)."""
+captured and an engine has tensors of other sizes than the weights': 0.3 to 0.8 in eleven jobs on H200s. torch
+gives it back before memory runs out: the edges of `exact-offload` ran without
+(`tests/studies/prediction_grid_h200`)."""
 
 KEPT_HIDDEN_STATES = 8
 """Tensors of the size of a hidden state that a compiled block keeps."""
-
-SEGMENT_BYTES = 20 << 20
-"""What torch's allocator takes at once for tensors between 1 and 10 MiB, to cut them from."""
 
 
 def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
@@ -97,7 +93,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     together = workload.accumulation * element
     updated = [
-        replace(
+        changed(
             layer,
             gpu_bytes=layer.gpu_bytes + block,
             divided_gpu_bytes=block,
@@ -107,7 +103,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         else layer
         for layer in layers
     ]
-    updated[-1] = replace(
+    updated[-1] = changed(
         updated[-1],
         gpu_bytes=updated[-1].gpu_bytes + non_block,
         divided_gpu_bytes=non_block,
@@ -122,6 +118,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
             held={"weights": element * shape.parameters, "optimizer": 2 * element * shape.parameters},
             gradients=element * shape.parameters,
             passes=passes,
+            tensors_of_a_matrix=4,
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if passes.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
@@ -139,44 +136,31 @@ def training_memory(
     held: dict[str, int],
     gradients: int,
     passes: BlockPasses | None = None,
+    tensors_of_a_matrix: int = 0,
 ) -> GpuMemory:
-    """GPU memory at the worse of two moments: the loss, when no gradient is there yet and every block's
-    saved activations are, and the end of the backward pass, when it is the other way round.
+    """GPU memory of a step, and what torch's allocator takes beside.
 
     `held` is there throughout; `gradients` are freed between steps, but not between micro-batches: a CUDA
     graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
+    `tensors_of_a_matrix`: how many of its size and precision there are, itself among them; 0: not known.
     """
-    compiled = passes is not None and passes.compiled
-    loss_tokens = None if passes is None else passes.loss_tokens
-    early = gradients if workload.accumulation > 1 else 0
-    head_gradient = BYTES_PER_ELEMENT[workload.dtype] * shape.head_parameters
-    if loss_tokens is not None and shape.head == "causal_lm" and gradients >= head_gradient:
-        early = max(early, head_gradient)  # which a loss in chunks makes with the logits
-    at_loss = {
-        **held,
-        "gradients": early,
-        "activations": transformer.saved_activation_bytes(shape, workload, passes),
-        "logits": transformer.logits_bytes(shape, workload, loss_tokens, compiled=compiled),
-    }
-    at_end = {
-        **held,
-        "gradients": gradients,
-        "activations": transformer.backward_activation_bytes(shape, workload, compiled=compiled),
-        "logits": 0,
-        # Of a tied head and embedding each makes its own, and their sum is a third.
-        "scratch": 2 * head_gradient if shape.tied and gradients >= head_gradient else 0,
-    }
-    moments = [at_loss, at_end]
-    apart = returned = int(UNSHARED * transformer.apart_bytes(moments))
-    margin = MARGIN
-    if passes is not None and passes.captured:
-        pool = int(POOL_SHARE * (at_loss["activations"] + at_loss["logits"]))
-        left = [int(LEFT_BY_FIRST_STEPS * (m.get("optimizer", 0) + m["gradients"])) for m in moments]
-        of_loss = sum(at_loss.values()) + max(pool, left[0])
-        of_loss += _between_segments(shape, workload, at_loss["activations"])
-        of_end = sum(at_end.values()) + left[1]
-        apart = max(of_loss, of_end) - sum(transformer.peak_moment(moments).values()) + PIECES_BYTES
+    how = passes or BlockPasses.eager(shape, workload)
+    moments = _moments(shape, workload, held, gradients, how)
+    between = _between_segments(shape, workload, moments[0]["activations"])
+    if how.captured:
+        pool = int(POOL_SHARE * (moments[0]["activations"] + moments[0]["logits"]))
+        # What the first step's update makes lies among freed activations, whose places the pool cannot have.
+        left = [int(LEFT_BY_FIRST_STEPS * (each.get("optimizer", 0) + each["gradients"])) for each in moments]
+        left[0] = max(pool, left[0]) + between
+        with_left = [sum(each.values()) + more for each, more in zip(moments, left, strict=True)]
+        apart = max(with_left) - sum(transformer.peak_moment(moments).values()) + PIECES_BYTES
         returned, margin = 0, MARGIN_CAPTURED
+    elif tensors_of_a_matrix:
+        apart = between + tensors_of_a_matrix * transformer.lost_between_matrices(shape, workload.dtype)
+        returned, margin = 0, MARGIN_COUNTED
+    else:
+        apart = returned = int(UNSHARED * transformer.apart_bytes(moments))
+        margin = MARGIN
     return GpuMemory(
         gpu_memory_bytes=transformer.peak_moment(moments),
         gpu_apart_bytes=apart,
@@ -185,6 +169,57 @@ def training_memory(
         gpu_without_triton_bytes=0,
         workspaces=workspaces(passes),
     )
+
+
+def _moments(
+    shape: ModelShape, workload: Workload, held: dict[str, int], gradients: int, how: BlockPasses
+) -> list[dict[str, int]]:
+    """Bytes by kind at the loss; in the first block that runs again in the backward pass, while the inputs of
+    all of them are there; in the first block of the model, when all others have their gradients; and where a
+    tied embedding's gradient is made."""
+    of_head = BYTES_PER_ELEMENT[workload.dtype] * shape.head_parameters
+    of_head = of_head if gradients >= of_head else 0
+    early = gradients if workload.accumulation > 1 else 0
+    if how.loss_tokens is not None and shape.head == "causal_lm":
+        early = max(early, of_head)  # which a loss in chunks makes with the logits
+    saved = transformer.saved_activation_bytes(shape, workload, how)
+    hidden = transformer.hidden_bytes(shape, workload)
+    of_block = transformer.backward_activation_bytes(shape, workload, compiled=how.compiled)
+    # Of an eager block more is counted as kept than is there at once.
+    wide = transformer.wide_gradient_bytes(shape, workload) if how.compiled else 0
+    recomputed = min(how.recomputed, shape.num_blocks)
+    done, in_backward = 0, saved + hidden
+    if recomputed:
+        done = gradients * (shape.num_blocks - recomputed) // shape.num_blocks
+        in_backward = recomputed * hidden + of_block
+    own = gradients * shape.block_parameters // max(1, shape.parameters)
+    at_loss = {
+        **held,
+        "gradients": early,
+        "activations": saved,
+        "logits": transformer.logits_bytes(shape, workload, how.loss_tokens, compiled=how.compiled),
+    }
+    in_last = {
+        **held,
+        "gradients": max(early, min(gradients, done + of_head)),
+        "activations": in_backward + wide,
+        "logits": 0,
+    }
+    in_first = {
+        **held,
+        "gradients": gradients,
+        "activations": of_block + max(0, wide - own),
+        "logits": 0,
+    }
+    at_embedding = {
+        **held,
+        "gradients": gradients,
+        "activations": hidden,
+        "logits": 0,
+        # Of a tied head and embedding each makes its own, and their sum is a third.
+        "scratch": 2 * of_head if shape.tied else 0,
+    }
+    return [at_loss, in_last, in_first, at_embedding]
 
 
 def workspaces(passes: BlockPasses | None) -> int:
@@ -196,8 +231,8 @@ def workspaces(passes: BlockPasses | None) -> int:
 def _between_segments(shape: ModelShape, workload: Workload, activations: int) -> int:
     """Of the segments from which hidden states are cut that a block keeps, what is no whole one."""
     hidden = transformer.hidden_bytes(shape, workload)
-    if not 1 << 20 < hidden <= SEGMENT_BYTES // 2:
+    if not 1 << 20 < hidden <= transformer.SEGMENT_BYTES // 2:
         return 0
-    unused = 1 - SEGMENT_BYTES // hidden * hidden / SEGMENT_BYTES
+    unused = 1 - transformer.SEGMENT_BYTES // hidden * hidden / transformer.SEGMENT_BYTES
     block = transformer.block_activation_bytes(shape, workload, compiled=True)
     return int(unused * activations * min(1.0, KEPT_HIDDEN_STATES * hidden / block))

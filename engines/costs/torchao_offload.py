@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.costs import transformer
 from engines.costs.native import training_memory
-from engines.costs.traffic import Traffic
+from engines.costs.traffic import Traffic, changed
 from engines.settings.first_order import TorchaoOffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -25,7 +23,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     for layer in transformer.training_layers(shape, workload):
         parameters = block if layer.name.startswith("block.") else non_block if layer.name == "head" else 0
         layers.append(
-            replace(
+            changed(
                 layer,
                 h2d_bytes=element * parameters,
                 d2h_bytes=workload.accumulation * element * parameters,
@@ -39,7 +37,13 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     pinned = 2 * pinned_copy_bytes(shape, element)
     return Traffic(
         layers=tuple(layers),
-        **training_memory(shape, workload, held={"weights": weights}, gradients=gradients),
+        **training_memory(
+            shape,
+            workload,
+            held={"weights": weights},
+            gradients=gradients,
+            tensors_of_a_matrix=1 if settings.offload_gradients else 2,
+        ),
         host_memory_bytes={
             "process": transformer.PROCESS_HOST_BYTES,
             "weights and gradients, pinned": pinned,

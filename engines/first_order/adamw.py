@@ -51,6 +51,23 @@ def make_adamw(parameters: Iterable[nn.Parameter], settings: AdamWSettings) -> t
     )
 
 
+def with_moments(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """`optimizer` with its moments made now, as its first step would make them.
+
+    Then they lie beside the weights. Those that the first step makes lie in places that activations had, and
+    keep segments of torch's allocator from what needs them whole in the next step, as logits do and a pool of
+    graphs.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return optimizer
+
+
 def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
     for group in groups:
         group["lr"] = learning_rate

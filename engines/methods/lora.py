@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from engines import why_not_installed
 from engines.base import Blueprint
 from engines.errors import NotAvailable
-from engines.first_order.adamw import make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype, with_moments
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import TORCH_DTYPE, materialize
@@ -52,7 +52,7 @@ class Lora(LoopedEngine[LoraSettings]):
         if self.context.workload.dtype != "fp32":
             run_in_bf16(model, self.loop.device)
         trained = [each for each in model.parameters() if each.requires_grad]
-        self.loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
+        self.loop.begin(model, with_moments(make_adamw(trained, self.settings)), only_trained=True)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter of the model without adapters, with them merged, on the host."""

@@ -25,7 +25,7 @@ from torch import nn
 
 from engines.base import Blueprint
 from engines.errors import UserError
-from engines.first_order.adamw import make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype, with_moments
 from engines.first_order.looped_engine import LoopedEngine
 from engines.first_order.sharded_model import materialize_sharded
 from engines.model.blocks import materialize
@@ -55,7 +55,7 @@ class Native(LoopedEngine[NativeSettings]):
             model = materialize_sharded(blueprint, self.loop.device, dtype, world)
         else:
             model = materialize(blueprint, self.loop.device, dtype)
-        self.loop.begin(model, make_adamw(model.parameters(), self.settings))
+        self.loop.begin(model, with_moments(make_adamw(model.parameters(), self.settings)))
 
     def _check_ranks(self) -> None:
         if self.settings.loss_tokens != "all":

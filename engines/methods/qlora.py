@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engines import why_not_installed
 from engines.base import Blueprint
 from engines.errors import NotAvailable, UserError
-from engines.first_order.adamw import make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype, with_moments
 from engines.first_order.adapters import adapted_layers, add_adapters, merged_weights, run_in_bf16
 from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import TORCH_DTYPE, find_blocks, materialize
@@ -61,7 +61,7 @@ class Qlora(LoopedEngine[QloraSettings]):
         if self.context.workload.dtype != "fp32":
             run_in_bf16(model, self.loop.device)
         trained = [each for each in model.parameters() if each.requires_grad]
-        self.loop.begin(model, make_adamw(trained, self.settings), only_trained=True)
+        self.loop.begin(model, with_moments(make_adamw(trained, self.settings)), only_trained=True)
 
     def _quantize(self, blueprint: Blueprint, name: str, dtype: torch.dtype) -> None:
         """Put a layer of four bits in the place of the linear layer `name`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 from rich.table import Table
@@ -27,9 +28,11 @@ ACCURACY_WITHOUT_WORDS = (
 )
 
 
-def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: bool) -> StudyResult | None:
+def study_seen(
+    ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: bool, out: Path | None = None
+) -> StudyResult | None:
     """Run the study with its progress on stderr and print what it came to; with `dry_run` only what would be
-    run."""
+    run. `out`: what `--out` is to be where it goes on, if not the study's own folder."""
     plan = ready.plan
     if plan.target.metric == "accuracy" and ready.shape.head == "causal_lm" and not plan.job.data.template:
         typer.echo(f"{word('note')}: {translated(ACCURACY_WITHOUT_WORDS)}", err=True)
@@ -46,9 +49,9 @@ def study_seen(ready: PreparedStudy, *, dry_run: bool, as_json: bool, quiet: boo
                 progress.print(f"{word('note')}: {translated(note)}")
             result = run_study(ready, report=progress.print, on_event=progress.launched)
     except KeyboardInterrupt:
-        out = shlex.quote(str(ready.out))
+        named = shlex.quote(str(out or ready.out))
         sys.stderr.write(
-            f"stopped: finished trials are kept; go on with the same flags, --resume and --out {out}\n"
+            f"stopped: finished trials are kept; go on with the same flags, --resume and --out {named}\n"
         )
         raise
     if as_json:

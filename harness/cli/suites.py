@@ -66,7 +66,7 @@ def suite_seen(flags: JobFlags, asked: SuiteFlags, *, dry_run: bool, as_json: bo
         notes.print(f"{name}: left out: {reason}", markup=False, soft_wrap=True)
     for name, each in ready.items():
         notes.print(f"task {name}", markup=False)
-        study_seen(each, dry_run=False, as_json=as_json, quiet=asked.quiet)
+        study_seen(each, dry_run=False, as_json=as_json, quiet=asked.quiet, out=asked.out)
 
 
 def _prepared(

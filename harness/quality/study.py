@@ -144,7 +144,8 @@ def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
     else:
         known = ("accuracy", "f1", "matthews", "loss")
     if metric not in known:
-        hint = ", or use --template" if shape.head == "causal_lm" and examples.labelled else ""
+        is_labelled = shape.head == "causal_lm" and bool(examples.labelled)
+        hint = ", or use --template" if is_labelled and not job.data.template else ""
         raise UserError(
             f"--target {metric}", "this task has no such metric", f"choose from: {', '.join(known)}{hint}"
         )
@@ -180,8 +181,13 @@ def _check_long_enough(method: MethodTrials, plan: StudyPlan) -> None:
                 f"--budget {plan.budget}",
                 f"is too short for {method.name}: a trial has {seconds:.3g} s and "
                 f"{rung.length.evaluations} evaluations, a step takes {method.step_s:.3g} s",
-                f"give {math.ceil(plan.budget.seconds * short / 60)}min or more",
+                f"give {_budget_text(plan.budget.seconds * short)} or more",
             )
+
+
+def _budget_text(seconds: float) -> str:
+    """At least so long, as `--budget` takes it."""
+    return f"{math.ceil(seconds)}s" if seconds < 60 else f"{math.ceil(seconds / 60)}min"
 
 
 def _same_plan(before: StudyPlan, now: StudyPlan, out: Path) -> StudyPlan:

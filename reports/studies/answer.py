@@ -216,6 +216,9 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     edges = [each.name for each in result.methods if each.rate_at_edge]
     if edges:
         yield say("study.warn_edge", engines=say("show.list").join(edges))
+    early = list(_tested_early(study))
+    if early:
+        yield say("study.warn_early", trials=say("show.list").join(early))
     failed = [each for each in study.trials if each.end_state != "ok"]
     if failed:
         yield say("study.warn_failed", count=len(failed))
@@ -232,6 +235,21 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     dirty = {each.environment.dirty for each in study.trials}
     if dirty != {False}:
         yield say("study.warn_commit")
+
+
+def _tested_early(study: LoadedStudy) -> Iterator[str]:
+    """Final trials whose best evaluation came before half of their steps."""
+    for method in study.plan.methods:
+        for each in study.finals(method.name):
+            best = each.learned.best(study.result.metric)
+            if each.end_state == "ok" and best is not None and 2 * best.step < each.learned.steps:
+                yield say(
+                    "study.early",
+                    engine=method.name,
+                    seed=each.seed,
+                    step=best.step,
+                    steps=each.learned.steps,
+                )
 
 
 def _surroundings(study: LoadedStudy) -> Iterator[str]:

@@ -85,7 +85,10 @@ def trial_columns(metric: str) -> tuple[Column[TrialRecord], ...]:
         Column("study_train", lambda one: one.learned.train_s, SECONDS),
         Column("study_first", lambda one: _value(one, metric, first=True), unit),
         Column("study_development", lambda one: _value(one, metric, first=False), unit),
-        Column("study_test", lambda one: (one.learned.test or {}).get(metric), unit),
+        Column(
+            "study_best_step", lambda one: _best_step(one, metric), Unit(show=lambda step: f"{step:,.0f}")
+        ),
+        Column("study_tested", lambda one: (one.learned.test or {}).get(metric), unit),
     )
 
 
@@ -94,6 +97,11 @@ def _value(one: TrialRecord, metric: str, *, first: bool) -> float | None:
         return curve(one, metric)[0][1] if curve(one, metric) else None
     best = one.learned.best(metric)
     return None if best is None else best.metrics[metric]
+
+
+def _best_step(one: TrialRecord, metric: str) -> int | None:
+    best = one.learned.best(metric)
+    return None if best is None else best.step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

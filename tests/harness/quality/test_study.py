@@ -366,6 +366,31 @@ def test_what_cannot_be_studied_is_refused_before_the_machine_is_measured(tmp_pa
     assert not out.exists()
 
 
+def test_a_budget_of_time_that_is_too_short_says_one_that_is_enough(tmp_path: Path) -> None:
+    """And no more than that: a budget in seconds is told in seconds."""
+    with pytest.raises(UserError, match="is too short for native: a trial has") as refused:
+        prepared(tmp_path / "out", budget=parse_budget("0.01s"))
+    enough = refused.value.remedy.removeprefix("give ").removesuffix(" or more")
+    assert enough.endswith("s")
+    assert prepared(tmp_path / "out", budget=parse_budget(enough)).plan.methods[0].fits
+
+
+def test_a_template_is_not_proposed_where_there_is_one(tmp_path: Path) -> None:
+    profile = tmp_path / "machine.json"
+    save_machine(make_machine(), profile)
+    study = StudyRequest(
+        engines=("mezo",), out=tmp_path / "out", target=QualityTarget(metric="answer_f1", value=0.9),
+        budget=parse_budget("100ktokens"), profile=profile, quiet=True,
+    )  # fmt: skip
+    (tmp_path / "rows.tsv").write_text("".join(f"film {i}\t{i % 2}\n" for i in range(40)))
+    data = {"train": str(tmp_path / "rows.tsv")}
+    with pytest.raises(UserError, match="or use --template"):
+        prepare_study(job(data=data), study)
+    with pytest.raises(UserError) as refused:
+        prepare_study(job(data={**data, "template": "{text} It was", "labels": ["bad", "good"]}), study)
+    assert refused.value.remedy == "choose from: accuracy, f1, matthews, loss"
+
+
 def test_a_length_ends_by_time_or_by_steps() -> None:
     by_time = LearningLength(evaluations=5, seconds=10.0)
     assert [by_time.evaluations_due(1, each) for each in (0.0, 1.9, 2.0, 9.9, 10.0, 30.0)] == [

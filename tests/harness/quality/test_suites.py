@@ -122,6 +122,21 @@ def test_what_is_wrong_with_a_suite_is_said_before_the_machine_is_measured(
     assert refused(str(path)).startswith("--budget 100 tokens: is too short")
 
 
+def test_a_suite_that_was_stopped_says_how_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the suite's folder, in which each task has its own."""
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.cli.quality.run_study", stopped)
+    path, out = toy(tmp_path), tmp_path / "out"
+    arguments = ["--suite", str(path), "--data-dir", str(tmp_path / "data"), "--out", str(out)]
+    done = CliRunner().invoke(app, ["compare", *arguments, "--profile", str(tmp_path / "machine.json")])
+    assert done.stderr.endswith(f"go on with the same flags, --resume and --out {out}\n")
+
+
 def test_a_suite_without_its_files_says_what_to_name(tmp_path: Path) -> None:
     what = "--suite lm: no task of it can be studied: "
     remedy = "; name the folder of its files with --data-dir"

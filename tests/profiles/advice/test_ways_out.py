@@ -40,7 +40,7 @@ def way(engine: str, model: str, profile: str, values: dict[str, Any] | None = N
 
 def test_micro_batches_first_since_they_cost_no_quality() -> None:
     found = way("lora", "llama-3.1-8b", "rtx-4090", workload={"batch_size": 16, "seq_len": 2048})
-    assert found.flags == "--batch-size 8 --accumulation 2"
+    assert found.flags == "--batch-size 4 --accumulation 4"
     assert found.quality == "none: a step is on the same sequences"
     assert found.times is not None
 
