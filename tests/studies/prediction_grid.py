@@ -88,8 +88,8 @@ FREED_FROM = "2026-11-29T22:00"
 ALL_GRADIENTS_FROM = "2026-11-30T02:30"
 """Before it `gradient_blocks=auto` of `exact-offload` was a part of the blocks; now it is all of them."""
 UNLOCKED_FROM = "2026-11-30T02:10"
-"""Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms of
-24 blocks: their times are not those of the engines of today."""
+"""Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms
+with 24 blocks: their times are not those of the engines of today."""
 BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
