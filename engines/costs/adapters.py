@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.traffic import Traffic
+from engines.costs.traffic import Traffic, changed
 from engines.settings.libraries import LoraSettings, QloraSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -72,7 +70,7 @@ def _traffic(
     for layer in transformer.training_layers(shape, workload, how):
         if layer.name.startswith("block."):
             flops = 2.0 * adapters * workload.tokens_per_step
-            layer = replace(
+            layer = changed(
                 layer,
                 gpu_forward_flops=layer.gpu_forward_flops + flops,
                 # A frozen matrix has no gradient of its own: one product of the backward pass less.
@@ -90,7 +88,7 @@ def _traffic(
                 * workload.accumulation,
             )
         elif layer.name == "head" and shape.predicts_tokens:
-            layer = replace(layer, gpu_backward_flops=layer.gpu_backward_flops / 2)
+            layer = changed(layer, gpu_backward_flops=layer.gpu_backward_flops / 2)
         layers.append(layer)
     total = shape.num_blocks * adapters
     kept = transformer.saved_activation_bytes(shape, workload, how)

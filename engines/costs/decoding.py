@@ -9,12 +9,12 @@ step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from engines.costs import disk, transformer
 from engines.costs.mezo import adapter_parameters
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.traffic import LayerTraffic, Traffic, changed
 from engines.costs.zo2 import disk_indices, resident_indices, ring_bytes
 from engines.settings.zeroth_order import Base, MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
@@ -94,7 +94,7 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
         up = 0 if index in resident else block
         read = block if index in on_disk else 0
         layers.append(
-            replace(
+            changed(
                 _block(shape, decoding, block),
                 name=f"block.{index}",
                 h2d_bytes=up,

@@ -22,7 +22,7 @@ from engines.costs.native import (
     block_passes,
     workspaces,
 )
-from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic
+from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
@@ -211,7 +211,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return replace(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
+        return changed(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     core = core_elements(shape, settings)
@@ -225,7 +225,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     if settings.streams:
         down = element * sum(matrix.parameters for matrix in shape.matrices)
         up = streamed_uploads(shape.num_blocks)[int(layer.name.removeprefix("block."))] * down
-    return replace(
+    return changed(
         layer,
         gpu_backward_flops=layer.gpu_backward_flops - saved,
         gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,

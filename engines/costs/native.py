@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.costs import transformer
-from engines.costs.traffic import DividedWeights, GpuMemory, Traffic
+from engines.costs.traffic import DividedWeights, GpuMemory, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,
@@ -95,7 +93,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     together = workload.accumulation * element
     updated = [
-        replace(
+        changed(
             layer,
             gpu_bytes=layer.gpu_bytes + block,
             divided_gpu_bytes=block,
@@ -105,7 +103,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         else layer
         for layer in layers
     ]
-    updated[-1] = replace(
+    updated[-1] = changed(
         updated[-1],
         gpu_bytes=updated[-1].gpu_bytes + non_block,
         divided_gpu_bytes=non_block,

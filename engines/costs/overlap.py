@@ -1,7 +1,7 @@
 """How long a step takes when its resources overlap: closed forms over the layers' times.
 
-One function per `Overlap` of `engines.base`. Each is monotone in every time it is given, no smaller than
-the busiest resource and no larger than the sum of all.
+One function per `Overlap` of `engines.costs.traffic`. Each is monotone in every time it is given, no smaller
+than the busiest resource and no larger than the sum of all.
 """
 
 from __future__ import annotations

@@ -3,11 +3,9 @@ freed earlier."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.traffic import LayerTraffic, RareWork, Traffic
+from engines.costs.traffic import LayerTraffic, RareWork, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -74,7 +72,7 @@ def _with_paging(layer: LayerTraffic, shape: ModelShape) -> LayerTraffic:
     non_block = shape.non_block_parameters if layer.name == "head" else 0
     parameters = shape.block_parameters if layer.name.startswith("block.") else non_block
     paged = int(PAGED_FACTOR * EIGHT_BIT_MOMENTS * parameters)
-    return replace(layer, h2d_bytes=paged, d2h_bytes=paged)
+    return changed(layer, h2d_bytes=paged, d2h_bytes=paged)
 
 
 def backward_optimizer(shape: ModelShape, workload: Workload, settings: BackwardOptimizerSettings) -> Traffic:
@@ -118,7 +116,7 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
     projected = 4.0 * settings.rank * sum(each.parameters for each in shape.matrices)
     launches = GALORE_LAUNCHES * transformer.num_tensors(shape)
     layers = [
-        replace(
+        changed(
             layer,
             gpu_backward_flops=layer.gpu_backward_flops
             + (projected if layer.name.startswith("block.") else 0.0),
@@ -167,7 +165,7 @@ def _updated(
     of a block's."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
-        replace(
+        changed(
             layer,
             gpu_bytes=layer.gpu_bytes
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),

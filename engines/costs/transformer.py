@@ -10,10 +10,10 @@ Longer than 400 lines: constants stand beside what they count, and every method'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
-from engines.costs.traffic import LayerTraffic
+from engines.costs.traffic import LayerTraffic, changed
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
 
 PLAIN_ELEMENTWISE_BYTES = 45
@@ -273,7 +273,7 @@ def training_layers(
     last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
-        replace(again if index < how.recomputed else kept, name=f"block.{index}")
+        changed(again if index < how.recomputed else kept, name=f"block.{index}")
         for index in range(shape.num_blocks)
     ]
     return [LayerTraffic(name="embedding"), *blocks, last]
@@ -318,10 +318,10 @@ def _started(
 ) -> LayerTraffic:
     """`layer` with the operations that each micro-batch starts, so many products among them."""
     count = launches * workload.accumulation
-    layer = replace(layer, products=products * workload.accumulation)
+    layer = changed(layer, products=products * workload.accumulation)
     if how.captured:
-        return replace(layer, graph_kernels=max(0, count - layer.products))
-    return replace(layer, launches=count)
+        return changed(layer, graph_kernels=max(0, count - layer.products))
+    return changed(layer, launches=count)
 
 
 def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -360,7 +360,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
 
 def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> list[LayerTraffic]:
     """An embedding, which costs next to nothing, the blocks and the head."""
-    blocks = [replace(block, name=f"block.{index}") for index in range(shape.num_blocks)]
+    blocks = [changed(block, name=f"block.{index}") for index in range(shape.num_blocks)]
     return [LayerTraffic(name="embedding"), *blocks, head]
 
 

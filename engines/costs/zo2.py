@@ -13,7 +13,6 @@ Ranks of one machine have that ring once, and read a block on disk once.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from typing import Literal
 
 from engines.costs import disk, transformer
@@ -29,7 +28,7 @@ from engines.costs.mezo import (
     trains_block,
 )
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.traffic import LayerTraffic, Traffic, changed
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -144,7 +143,7 @@ def _with_moved_states(layers: Sequence[LayerTraffic], moved_bytes: int) -> list
     """What hidden states of so many bytes move: down where they are made, up where they are computed with."""
     up = [0, *([moved_bytes] * (len(layers) - 1))]
     return [
-        replace(
+        changed(
             layer,
             h2d_bytes=layer.h2d_bytes + came,
             d2h_bytes=layer.d2h_bytes + went,
@@ -182,7 +181,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             trained = trains_block(settings, index, shape.num_blocks)
             read = block if index in on_disk else 0
             down = int(block * (1 / turn)) if trained and not read else 0
-            layers[1 + index] = replace(
+            layers[1 + index] = changed(
                 layers[1 + index],
                 h2d_bytes=block,
                 d2h_bytes=down,

@@ -18,6 +18,9 @@ def capturing(stream: torch.cuda.Stream, pool: Any) -> Iterator[Any]:
 
     Waits until the device has done all that was enqueued before. What is raised inside is raised, whatever it
     does to the graph.
+
+    HAZARD: a pool goes with its last graph. After an end inside that has left none, the next one needs a new
+    pool: on the old one torch fails an assertion of its own, and every draw of random numbers after that.
     """
     graph = _cuda.CUDAGraph()
     torch.cuda.synchronize(stream.device)

@@ -3,6 +3,7 @@ loss is computed in chunks: where nothing fits without, or where a step is faste
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from typing import Any
 
@@ -41,8 +42,10 @@ def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
     if "checkpointed_blocks" in given or not context.workload.checkpointing:
         return Choice(given)
     count = context.shape.num_blocks
-    fewest = next((n for n in range(count + 1) if _fits(context, given, n)), None)
-    if fewest is None:
+    fewest = 0
+    if not _fits(context, given, 0):  # the more blocks run again, from the first on, the less they take
+        fewest = bisect_left(range(count + 1), True, lo=1, key=lambda number: _fits(context, given, number))
+    if fewest > count:
         return Choice(given)
     if fewest == 0:
         reason = "all activations fit, so that nothing is computed twice"

@@ -64,7 +64,7 @@ def test_what_spoils_a_capture_is_raised_and_the_next_one_works() -> None:
     with pytest.raises(ValueError, match="a cause"):
         fail()
     assert gc.isenabled()
-    with capturing(stream, pool) as graph:
+    with capturing(stream, torch.cuda.graph_pool_handle()) as graph:
         values.add_(1.0)
     graph.replay()
     assert values.tolist() == [2.0] * 4

@@ -69,6 +69,7 @@ def test_a_target_that_is_none_is_refused_in_one_line(text: str, why: str) -> No
 def test_targets_and_budgets_are_read() -> None:
     assert parse_quality_target("accuracy >= 0.9") == QualityTarget(metric="accuracy", value=0.9)
     assert str(parse_quality_target("perplexity_per_token<=20")) == "perplexity_per_token<=20"
+    assert str(parse_quality_target("loss<=0.12345678")) == "loss<=0.12345678"  # commands have it so
     assert parse_budget("2h").seconds == 7200
     assert parse_budget("1.5min").seconds == 90
     assert parse_budget("5Mtokens").tokens == 5e6

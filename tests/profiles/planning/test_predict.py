@@ -28,7 +28,13 @@ from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
 from harness.models.configs import named_shape
 from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
-from profiles.planning.budget import budget_of, gpu_bytes_needed, reserved_bytes
+from profiles.planning.budget import (
+    beside_torch_bytes,
+    budget_of,
+    gpu_bytes_needed,
+    reserved_bytes,
+    taken_bytes,
+)
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
@@ -537,6 +543,16 @@ def test_what_torch_gives_back_is_not_needed() -> None:
     )
     assert gpu_bytes_needed(cost, budget) == pytest.approx(gpu_bytes_needed(without, budget), abs=2)
     assert reserved_bytes(cost, budget) > reserved_bytes(without, budget)
+
+
+def test_torch_reserves_no_more_than_the_gpu_has_for_it() -> None:
+    """Of a plan that fits; what another lacks is told."""
+    cost = traffic("exact-offload", DEEPSEEK_1B, TRAINING, parse_settings("exact-offload", {}))
+    needed = gpu_bytes_needed(cost, budget_of(H200, None, None, None))
+    at_edge, below = (budget_of(H200, vram, None, None) for vram in (needed, needed - 1))
+    for_torch = needed - beside_torch_bytes(cost, at_edge)
+    assert taken_bytes(cost, at_edge) == for_torch < reserved_bytes(cost, at_edge)
+    assert taken_bytes(cost, below) == reserved_bytes(cost, below)
 
 
 @pytest.mark.parametrize(("tokens", "waits"), [(64, True), (4096, False)])
