@@ -68,9 +68,16 @@ STREAM_LAUNCHES = 16
 """The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
 more for each matrix, of which a model's own launches have three to four each."""
 
-GRAPH_LAUNCHES = 40
-"""Per block that runs as CUDA graphs, both passes, its cores' copies included. Counted: beside a model's own
-operations, of which a launch counts for three or four of torch's, a block starts 110 to 134 of those."""
+GRAPH_LAUNCHES = 110
+"""Per block that runs as CUDA graphs, both passes, in operations without autograd: all that the interpreter's
+lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
+time: on a CPU a tiny block takes 80 to 125 more than native's and its projections; blocks of RoBERTa, GPT-2,
+OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
+
+BF16_MOMENTS_SLOWDOWN = 1.3
+"""Time of Adam on a core with bf16 moments over that of the bytes it moves: rounding is arithmetic. 1.27 with
+all threads of an H200's host and 1.41 with half (engines/EXPERIMENTS.md), 1.1 to 1.4 in nine runs of two
+others."""
 
 
 LOSS_BYTES, LOSS_BYTES_BLOCK_MAJOR = 10, 8
@@ -148,6 +155,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
     slowdown = 1.0 if element == 4 else CORE_ADAM_SLOWDOWN
+    if settings.moments == "bf16":
+        slowdown *= BF16_MOMENTS_SLOWDOWN
     at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     if settings.block_major:
@@ -220,7 +229,7 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
     moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
     each = LAUNCHES + STREAM_LAUNCHES * settings.streams
-    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + each * len(shape.matrices)
+    launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
     wire, up, down = element * core, 0, 0
     if settings.streams:
         down = element * sum(matrix.parameters for matrix in shape.matrices)
@@ -229,7 +238,8 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
         layer,
         gpu_backward_flops=layer.gpu_backward_flops - saved,
         gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
-        launches=launches * (workload.accumulation if as_graphs else 1),
+        launches=launches,
+        python_launches=GRAPH_LAUNCHES * workload.accumulation if as_graphs else 0,
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,

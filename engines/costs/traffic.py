@@ -39,10 +39,12 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    python_launches: int = 0
+    """What an engine's own Python takes beside, which autograd has no part in, in operations without it."""
     gathering_s: float = 0.0
     """What the CPU does beside that where GPUs divide weights, on an H200's host."""
     waited_launches: int = 0
-    """The same where the CPU waits for the GPU after each, which then waits for the CPU."""
+    """Such Python where the CPU waits for the GPU after each, which then waits for the CPU."""
     products: int = 0
     """Matrix products, one after the other on the GPU."""
     graph_kernels: int = 0
