@@ -194,6 +194,8 @@ def test_the_page_has_the_published_curves() -> None:
     most, last = study.difference(by_name["engine", 0], by_name["same-noise", 0])
     assert f"loss to {most:.1e}".replace("e-0", "e-") in page
     assert (len(by_name), last) == (13, 200)
+    cpu = study.read_curves(folder / "mezo_authors_cpu")
+    assert f"({study.difference(*cpu)[0]:.1e} apart".replace("e-0", "e-") in page
     lines = list(study.table([each for each in curves if each.kind != "same-noise"]))
     for line in lines[: lines.index("")]:
         assert line in page
