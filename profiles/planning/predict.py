@@ -11,7 +11,7 @@ Longer than 400 lines: constants stand beside what they time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -146,14 +146,11 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
     low = expected = high = None
     bottleneck = None
     try:
-        times = {
-            bound: _with_pause(_layer_times(traffic, machine, workload, bound), traffic, machine, bound)
-            for bound in _BOUNDS
-        }
+        times = {bound: _step_times(traffic, machine, workload, bound) for bound in _BOUNDS}
     except FigureAbsent as error:
         basis = f"No step time: {error}."
     else:
-        combine = STEP_TIME[traffic.overlap] if on_gpu else serial_s
+        combine = _combining(traffic, machine)
         micro_batches = workload.accumulation
         expected = combine(times["value"], micro_batches)
         bottleneck = _bottleneck(busy_s(times["value"]), expected)
@@ -178,6 +175,25 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         disk_read_bytes=traffic.disk_bytes,
         floor_s=floor_s(traffic, machine, workload),
     )
+
+
+def expected_step_s(traffic: Traffic, machine: Machine, workload: Workload) -> float | None:
+    """`predict`'s expected seconds of a step, without what else it finds: planners compare many."""
+    try:
+        times = _step_times(traffic, machine, workload, "value")
+    except FigureAbsent:
+        return None
+    return _combining(traffic, machine)(times, workload.accumulation)
+
+
+def _combining(traffic: Traffic, machine: Machine) -> Callable[[Sequence[LayerTimes], int], float]:
+    """Seconds of a step, from its layers' and the number of micro-batches."""
+    return STEP_TIME[traffic.overlap] if machine.gpu is not None else serial_s
+
+
+def _step_times(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> list[LayerTimes]:
+    """Raises `FigureAbsent`."""
+    return _with_pause(_layer_times(traffic, machine, workload, bound), traffic, machine, bound)
 
 
 def compiling_s(settings: Any, machine: Machine) -> float | None:
@@ -256,7 +272,10 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: 
     times = _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
     each_s = _forward_launch_s(machine, bound)
     waited = [each_s * layer.waited_launches for layer in traffic.layers]
-    return [replace(each, gpu_s=each.gpu_s + more) for each, more in zip(times, waited, strict=True)]
+    return [
+        replace(each, gpu_s=each.gpu_s + more) if more else each
+        for each, more in zip(times, waited, strict=True)
+    ]
 
 
 def _with_pause(
