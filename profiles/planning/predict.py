@@ -343,12 +343,17 @@ def _with_launches(
     if hides_launches and on_gpu_alone:
         work = sum(each.gpu_s for each in times)
         longer = max(1.0, sum(launches) / work) if work > 0 else 1.0
+        if longer == 1.0:
+            return times
         return [
             replace(each, gpu_s=longer * each.gpu_s, backward_s=longer * each.backward_s) for each in times
         ]
     found = []
     for each, launch in zip(times, launches, strict=True):
         gpu_s = max(each.gpu_s, launch) if hides_launches else each.gpu_s + launch
+        if gpu_s == each.gpu_s:
+            found.append(each)
+            continue
         share = each.backward_s / each.gpu_s if each.gpu_s > 0 else 0.0
         found.append(replace(each, gpu_s=gpu_s, backward_s=share * gpu_s))
     return found
