@@ -54,7 +54,7 @@ LEAST_GRADIENT_BLOCKS = 4
 """Of what `few_gradient_blocks` says."""
 
 LAUNCHES = 140
-"""Per block, in launches of a model's own operations: Python around its chunks, events and the CPU's queue.
+"""Per block, in operations without autograd: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 
 FUSED_ADAM_BYTES = 28
@@ -218,7 +218,7 @@ def _layer(
         layer,
         disk_bytes=read,
         disk_write_bytes=written,
-        launches=layer.launches + LAUNCHES * settings.offload,
+        python_launches=LAUNCHES * settings.offload,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size + hidden,

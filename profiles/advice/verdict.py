@@ -149,7 +149,7 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
             if dtype and (enough := [each for each in names if each in alone])
         ]
         everybody = words.names([each for names in dtypes.values() for each in names])
-        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{', '.join(typed)}.")
+        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{'; '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]
 
 
