@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
@@ -192,7 +192,11 @@ def expected_step_s(traffic: Traffic, machine: Machine, workload: Workload) -> f
 
 def _combining(traffic: Traffic, machine: Machine) -> Callable[[Sequence[LayerTimes], int], float]:
     """Seconds of a step, from its layers' and the number of micro-batches."""
-    return STEP_TIME[traffic.overlap] if machine.gpu is not None else serial_s
+    if machine.gpu is None:
+        return serial_s
+    if traffic.overlap == "blockwise" and traffic.gradient_room < 1:
+        return lambda layers, _: held_back_s(layers, traffic.gradient_room)
+    return STEP_TIME[traffic.overlap]
 
 
 def _step_times(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> list[LayerTimes]:
