@@ -11,7 +11,7 @@ same with nothing pinned and nothing overlapped, and keeps all cores on the GPU 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from engines.costs import transformer
 from engines.costs.native import (
@@ -147,8 +147,9 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     if settings.streams:
         host["weights, pinned"] = element * shape.matrix_parameters
     passes = lsp_passes(shape, workload, settings)
+    work = _BlockWork.of(shape, workload, settings)
     layers = [
-        _layer(layer, shape, workload, settings)
+        _layer(layer, shape, workload, settings, work)
         for layer in transformer.training_layers(shape, workload, passes)
     ]
     trained_on_gpu = 0
@@ -215,7 +216,32 @@ def core_adam_bytes(element: int, settings: LspSettings) -> int:
     return 2 * (element + core_moment_bytes(settings))
 
 
-def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings) -> LayerTraffic:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BlockWork:
+    """What the method does in every block alike, in a step."""
+
+    core_elements: int
+    saved_flops: float
+    """Of the gradients' products that cores replace."""
+    moved_bytes: float
+    """GPU memory traffic to make cores and to apply their updates."""
+    uploads: list[int]
+    """How often each block's weights go up."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, workload: Workload, settings: LspSettings) -> _BlockWork:
+        moved = (projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
+        return cls(
+            core_elements=core_elements(shape, settings),
+            saved_flops=sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices),
+            moved_bytes=sum(moved),
+            uploads=streamed_uploads(shape.num_blocks) if settings.streams else [0] * shape.num_blocks,
+        )
+
+
+def _layer(
+    layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings, work: _BlockWork
+) -> LayerTraffic:
     """`layer` with what the method adds to it, and without what it saves."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
@@ -223,21 +249,16 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
         return changed(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
-    core = core_elements(shape, settings)
-    plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
-    saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
-    moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
+    core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
     each = LAUNCHES + STREAM_LAUNCHES * settings.streams
     launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
-    wire, up, down = element * core, 0, 0
-    if settings.streams:
-        down = element * sum(matrix.parameters for matrix in shape.matrices)
-        up = streamed_uploads(shape.num_blocks)[int(layer.name.removeprefix("block."))] * down
+    wire, down = element * core, element * matrices if settings.streams else 0
+    up = work.uploads[int(layer.name.removeprefix("block."))] * down
     return changed(
         layer,
-        gpu_backward_flops=layer.gpu_backward_flops - saved,
-        gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
+        gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
+        gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
         launches=launches,
         python_launches=GRAPH_LAUNCHES * workload.accumulation if as_graphs else 0,
         h2d_bytes=wire + up,

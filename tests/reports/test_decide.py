@@ -499,6 +499,20 @@ def test_hours_count_what_one_step_in_many_does() -> None:
     assert found.measured == pytest.approx((15000 * 2.0 + 150 * (10.0 - 2.0 - 3.0)) / 3600)
 
 
+def test_the_same_memory_is_not_less_and_beats_nobody() -> None:
+    runs = [
+        make_run(engine, job=REAL, round=round_, step_s=scaled(step_s), peak_gpu_reserved_bytes=2**30,
+                 eval_loss_first=2.0, eval_loss_last=loss)
+        for round_ in (1, 2, 3)
+        for engine, step_s, loss in (("lora", 1.0, 1.0), ("exact-offload", 4.0, 1.5))
+    ]  # fmt: skip
+    all_ = group(runs, make_machine())
+    assert is_faster("lora", "exact-offload", all_)
+    assert not beats("lora", "exact-offload", all_)
+    smaller = [replace(run, summary=replace(run.summary, peak_gpu_reserved_bytes=2**29)) for run in runs[::2]]
+    assert beats("lora", "exact-offload", group([*smaller, *runs[1::2]], make_machine()))
+
+
 def test_what_no_median_shows_counts_where_methods_are_ranked_and_in_the_headline() -> None:
     """A step of 1 s and one in 4 of 5 s is no faster than steps of 1.5 s, however little memory it takes."""
     runs = []
