@@ -142,6 +142,9 @@ class Traffic:
     gpu_held_bytes: int = 0
     """What the method takes of the GPU beside what torch reserves and CUDA's context: CUDA graphs."""
     overlap: Overlap = "serial"
+    gradient_room: float = 1.0
+    """Where updates overlap block by block: the share of the blocks whose gradients may wait for the CPU on
+    the host at once."""
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
     cpu_adamw_kernel_factor: float | None = None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, serial_s
+from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
@@ -49,6 +49,10 @@ LAUNCH_S = 35e-6
 included, where the profile does not say it. When the GPU is faster than this it waits: on one H200 native
 takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
 without, 0.151 s with)."""
+
+AUTOGRAD_TIMES = 1.6
+"""What an operation takes with autograd over what it takes without, at most: 1.04 and 1.5 on two hosts of
+H200s, 1.1 on a CPU. The probe of a third found 3.0, where steps were as with 1.6: it was disturbed."""
 
 FORWARD_LAUNCH_S = 15e-6
 """The same where autograd is off, in methods with forward passes only: the quickest samples of the probe on
@@ -188,7 +192,11 @@ def expected_step_s(traffic: Traffic, machine: Machine, workload: Workload) -> f
 
 def _combining(traffic: Traffic, machine: Machine) -> Callable[[Sequence[LayerTimes], int], float]:
     """Seconds of a step, from its layers' and the number of micro-batches."""
-    return STEP_TIME[traffic.overlap] if machine.gpu is not None else serial_s
+    if machine.gpu is None:
+        return serial_s
+    if traffic.overlap == "blockwise" and traffic.gradient_room < 1:
+        return lambda layers, _: held_back_s(layers, traffic.gradient_room)
+    return STEP_TIME[traffic.overlap]
 
 
 def _step_times(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> list[LayerTimes]:
@@ -307,7 +315,10 @@ def _launch_s(traffic: Traffic, machine: Machine, bound: Bound) -> float:
     """Seconds that starting one operation takes, with autograd where there is a backward pass."""
     if all(layer.gpu_backward_flops == 0 for layer in traffic.layers):
         return _forward_launch_s(machine, bound)
-    return _seconds(_undisturbed(machine.cpu.training_launch_s), LAUNCH_S, bound)
+    with_autograd = _seconds(_undisturbed(machine.cpu.training_launch_s), LAUNCH_S, bound)
+    if machine.cpu.forward_launch_s.value and machine.cpu.training_launch_s.value:
+        return min(with_autograd, AUTOGRAD_TIMES * _forward_launch_s(machine, bound))
+    return with_autograd
 
 
 def _forward_launch_s(machine: Machine, bound: Bound) -> float:

@@ -533,6 +533,19 @@ def test_a_vocabulary_off_the_grid_slows_the_head_down() -> None:
     assert abs(more_s(H200, replace(work, dtype="fp32"))) < 0.1 * head_s
 
 
+@pytest.mark.parametrize(("training_s", "taken_s"), [(20e-6, 20e-6), (46e-6, 1.6 * 15e-6)])
+def test_a_disturbed_time_with_autograd_is_held_to_that_without(training_s: float, taken_s: float) -> None:
+    def figure(value: float) -> Figure:
+        return Figure(value=value, origin="measured", method="a probe")
+
+    cpu = replace(H200.cpu, forward_launch_s=figure(15e-6), training_launch_s=figure(training_s))
+    starts = LayerTraffic(name="block.0", gpu_backward_flops=1.0, launches=1000)
+    work = Traffic(layers=(starts,), gpu_memory_bytes={}, host_memory_bytes={"process": 0})
+    told = predict(work, replace(H200, cpu=cpu), TRAINING)
+    pause_s = STEP_LAUNCHES * 15e-6
+    assert told.step_s == pytest.approx(1000 * taken_s + pause_s, rel=1e-3)
+
+
 def test_what_torch_gives_back_is_not_needed() -> None:
     """Places that are free again at another moment count in what it reserves, not in what a plan needs."""
     budget = budget_of(H200, None, None, None)
