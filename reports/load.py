@@ -14,13 +14,14 @@ from engines.errors import UserError
 from engines.files.reading import exists
 from engines.shapes import ModelShape
 from harness.quality.documents import PLAN
-from harness.records.job import Job, load_job, make_job
+from harness.records.job import JOB_FILE, Job, load_job, make_job
 from harness.records.manifest import CRITERIA_FILE, MANIFEST, PLANS_FILE, ManifestFinding, check_manifest
 from harness.records.run import Run, load_run
 from harness.records.shape import MODEL, load_shape
 from harness.records.shared import shared_job, shared_plan, shared_values
 from harness.records.upgrades import UPGRADES, load_upgrades
 from profiles.advice.what_if import StepsOn
+from profiles.documents import adapter
 from profiles.machine import MACHINE_FILE, Machine, load_machine
 from profiles.planning.plan import Plan, load_plans
 from reports.criteria import Criteria, load_criteria
@@ -85,13 +86,17 @@ def load_folder(folder: Path) -> Loaded:
     refuse_unlike(runs)
     machine = _optional(folder / MACHINE_FILE, load_machine, broken)
     plans = _optional(folder / PLANS_FILE, _shown_plans, broken)
-    job = _optional(folder / "job.toml", lambda path: shared_job(load_job(path)), broken)
+    ran = make_job(runs[0].job, f"the job of run '{runs[0].id}'")
+    job = _optional(folder / JOB_FILE, lambda path: shared_job(load_job(path)), broken)
+    if job is not None and (differs := _unlike(job, ran)):
+        broken.append(Broken(file=JOB_FILE, reason=f"it is not the job of the runs: {differs}"))
+        job = None
     shape = _optional(folder / MODEL, load_shape, broken)
     criteria = folder / CRITERIA_FILE
     return Loaded(
         name=folder.resolve().name,
         machine=machine,
-        job=job if job is not None else make_job(runs[0].job, f"the job of run '{runs[0].id}'"),
+        job=job or ran,
         plans=tuple(
             sorted(
                 plans or {run.engine: run.plan for run in runs}.values(), key=lambda p: engine_order(p.engine)
@@ -137,6 +142,21 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
                 )
 
 
+def _unlike(job: Job, ran: Job) -> str:
+    """What a job file says otherwise than the runs do; empty: nothing that `refuse_unlike` looks at."""
+    own, theirs = (dict(_flat(adapter(Job).dump_python(each, mode="json"))) for each in (job, ran))
+    return ", ".join(
+        f"{name.removeprefix('job.')} is {value} and was {theirs.get(name)}"
+        for name, value in own.items()
+        if value != theirs.get(name) and _must_be_alike(name)
+    )
+
+
+def _must_be_alike(name: str) -> bool:
+    """Of a field of the job."""
+    return name not in ("job.seed", "job.limits.timeout_s") and not name.startswith("job.settings.")
+
+
 def likeness(run: Run) -> Iterator[tuple[str, Any]]:
     """What must be the same of runs for their times to be compared, by name."""
     environment = run.environment
@@ -155,7 +175,7 @@ def likeness(run: Run) -> Iterator[tuple[str, Any]]:
     yield "CPU", environment.cpu
     yield "cores usable", environment.cores_usable
     for key, value in _flat(shared_values(run.job)):
-        if key not in ("job.seed", "job.limits.timeout_s") and not key.startswith("job.settings."):
+        if _must_be_alike(key):
             yield key, value
     for key, setting in sorted(shared_values(run.plan.settings).items()):
         yield f"setting {run.engine}.{key}", setting

@@ -88,6 +88,15 @@ def forked_programs() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def noise_drawn_once() -> Iterator[None]:
+    """Engines that a test compares draw the noise of small tensors once (`support/drawn_once.py`)."""
+    from drawn_once import drawn_once
+
+    with drawn_once():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _threads_stay() -> Iterator[None]:
     """What a test, or a fixture of its module, does to torch's threads ends with it: several would spin

@@ -26,9 +26,10 @@ from harness.records.job import make_job
 from harness.resolve import resolve_shape
 from tiny_models import SEQ_LEN, tiny_batches, tiny_blueprint
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::engines.offload.disk_files.PageCacheWarning"
-)  # wherever /tmp may be
+pytestmark = [
+    pytest.mark.usefixtures("noise_drawn_once"),
+    pytest.mark.filterwarnings("ignore::engines.offload.disk_files.PageCacheWarning"),  # wherever /tmp may be
+]
 FAMILIES = [
     ("opt", True), ("opt", False), ("llama", True), ("llama", False), ("qwen2", True), ("qwen2", False),
     ("gpt2", True), ("gpt2", False), ("roberta", False), ("bert", False),

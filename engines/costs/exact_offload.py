@@ -54,7 +54,7 @@ LEAST_GRADIENT_BLOCKS = 4
 """Of what `few_gradient_blocks` says."""
 
 LAUNCHES = 140
-"""Per block, in launches of a model's own operations: Python around its chunks, events and the CPU's queue.
+"""Per block, in operations without autograd: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
 
 FUSED_ADAM_BYTES = 28
@@ -93,12 +93,12 @@ def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
 
 
 def few_gradient_blocks(num_blocks: int) -> int:
-    """Blocks with room for whose gradients a step is as fast as with room for all where the GPU decides, and
-    a sixth longer where the CPU does (deepseek-coder 1.3B, 8 of 24 blocks, a trace on an H200).
+    """Blocks with room for whose gradients a step is as fast as with room for all where the GPU decides.
 
     A forward pass is a quarter to a third of a step, and the CPU needs as many blocks' gradients to have work
-    meanwhile: those of the last blocks, whose weights are needed last. Where backward waits for room, they
-    are updated while a gradient is on its way into what has become free, and nothing is left for then.
+    meanwhile: those of the last blocks, whose weights are needed last. Where the CPU decides, backward waits
+    for room, and there is nothing left to do then (`engines.costs.overlap.held_back_s`): 291 ms a step for
+    245 at deepseek-coder 1.3B, 8 of 24 blocks, on an H200.
     """
     return min(num_blocks, max(LEAST_GRADIENT_BLOCKS, -(-num_blocks // 3)))
 
@@ -169,6 +169,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         divided="updates",
         pinned_bytes=pinned,
         overlap=offloaded if settings.offload else "serial",
+        gradient_room=gradient_places(shape.num_blocks, settings) / shape.num_blocks,
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
         cpu_adamw_kernel_factor=adam_bytes(element, settings.moments) / adam_bytes(2, "fp32"),
     )
@@ -218,7 +219,7 @@ def _layer(
         layer,
         disk_bytes=read,
         disk_write_bytes=written,
-        launches=layer.launches + LAUNCHES * settings.offload,
+        python_launches=LAUNCHES * settings.offload,
         # Each gradient is made, added to what is there or moved there, and read for its norm.
         gpu_bytes=layer.gpu_bytes + 4 * element * size,
         h2d_bytes=times * element * size + hidden,

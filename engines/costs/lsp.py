@@ -11,7 +11,7 @@ same with nothing pinned and nothing overlapped, and keeps all cores on the GPU 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from engines.costs import transformer
 from engines.costs.native import (
@@ -68,9 +68,16 @@ STREAM_LAUNCHES = 16
 """The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
 more for each matrix, of which a model's own launches have three to four each."""
 
-GRAPH_LAUNCHES = 40
-"""Per block that runs as CUDA graphs, both passes, its cores' copies included. Counted: beside a model's own
-operations, of which a launch counts for three or four of torch's, a block starts 110 to 134 of those."""
+GRAPH_LAUNCHES = 110
+"""Per block that runs as CUDA graphs, both passes, in operations without autograd: all that the interpreter's
+lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
+time: on a CPU a tiny block takes 80 to 125 more than native's and its projections; blocks of RoBERTa, GPT-2,
+OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
+
+BF16_MOMENTS_SLOWDOWN = 1.3
+"""Time of Adam on a core with bf16 moments over that of the bytes it moves: rounding is arithmetic. 1.27 with
+all threads of an H200's host and 1.41 with half (engines/EXPERIMENTS.md), 1.1 to 1.4 in nine runs of two
+others."""
 
 
 LOSS_BYTES, LOSS_BYTES_BLOCK_MAJOR = 10, 8
@@ -140,14 +147,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     if settings.streams:
         host["weights, pinned"] = element * shape.matrix_parameters
     passes = lsp_passes(shape, workload, settings)
+    work = _BlockWork.of(shape, workload, settings)
     layers = [
-        _layer(layer, shape, workload, settings)
+        _layer(layer, shape, workload, settings, work)
         for layer in transformer.training_layers(shape, workload, passes)
     ]
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
     slowdown = 1.0 if element == 4 else CORE_ADAM_SLOWDOWN
+    if settings.moments == "bf16":
+        slowdown *= BF16_MOMENTS_SLOWDOWN
     at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     if settings.block_major:
@@ -206,7 +216,32 @@ def core_adam_bytes(element: int, settings: LspSettings) -> int:
     return 2 * (element + core_moment_bytes(settings))
 
 
-def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings) -> LayerTraffic:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _BlockWork:
+    """What the method does in every block alike, in a step."""
+
+    core_elements: int
+    saved_flops: float
+    """Of the gradients' products that cores replace."""
+    moved_bytes: float
+    """GPU memory traffic to make cores and to apply their updates."""
+    uploads: list[int]
+    """How often each block's weights go up."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, workload: Workload, settings: LspSettings) -> _BlockWork:
+        moved = (projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
+        return cls(
+            core_elements=core_elements(shape, settings),
+            saved_flops=sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices),
+            moved_bytes=sum(moved),
+            uploads=streamed_uploads(shape.num_blocks) if settings.streams else [0] * shape.num_blocks,
+        )
+
+
+def _layer(
+    layer: LayerTraffic, shape: ModelShape, workload: Workload, settings: LspSettings, work: _BlockWork
+) -> LayerTraffic:
     """`layer` with what the method adds to it, and without what it saves."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
@@ -214,22 +249,18 @@ def _layer(layer: LayerTraffic, shape: ModelShape, workload: Workload, settings:
         return changed(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
-    core = core_elements(shape, settings)
-    plain = shape.block_parameters - sum(matrix.parameters for matrix in shape.matrices)
-    saved = sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices)
-    moved = sum(projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
+    core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
     each = LAUNCHES + STREAM_LAUNCHES * settings.streams
-    launches = GRAPH_LAUNCHES if as_graphs else layer.launches + each * len(shape.matrices)
-    wire, up, down = element * core, 0, 0
-    if settings.streams:
-        down = element * sum(matrix.parameters for matrix in shape.matrices)
-        up = streamed_uploads(shape.num_blocks)[int(layer.name.removeprefix("block."))] * down
+    launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
+    wire, down = element * core, element * matrices if settings.streams else 0
+    up = work.uploads[int(layer.name.removeprefix("block."))] * down
     return changed(
         layer,
-        gpu_backward_flops=layer.gpu_backward_flops - saved,
-        gpu_bytes=layer.gpu_bytes + moved + adam_bytes * plain,
-        launches=launches * (workload.accumulation if as_graphs else 1),
+        gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
+        gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
+        launches=launches,
+        python_launches=GRAPH_LAUNCHES * workload.accumulation if as_graphs else 0,
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,

@@ -1,7 +1,7 @@
 """How long a step takes when its resources overlap: closed forms over the layers' times.
 
-One function per `Overlap` of `engines.base`. Each is monotone in every time it is given, no smaller than
-the busiest resource and no larger than the sum of all.
+One function per `Overlap` of `engines.costs.traffic`. Each is monotone in every time it is given, no smaller
+than the busiest resource and no larger than the sum of all.
 """
 
 from __future__ import annotations
@@ -100,6 +100,24 @@ def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
     """
     return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
+
+
+def held_back_s(layers: Sequence[LayerTimes], room: float) -> float:
+    """`blockwise_s` where gradients of only that share of the blocks, `room`, may wait on the host.
+
+    max(blockwise, updates + min(forward, max(0, (1 - room) updates - backward))),
+    updates being the CPU's time, or that of host memory if it is longer
+
+    What has not been updated when backward ends waits there, at most `room` of it; for the rest backward
+    waits. While it does, and the next gradient is on its way into what has become free, the CPU updates what
+    it was to have for the next forward pass, and stands still in that for as long.
+    """
+    busy = busy_s(layers)
+    backward = sum(layer.backward_s for layer in layers)
+    updates = max(busy["cpu"], busy["host memory"])
+    held_s = max(0.0, (1.0 - room) * updates - backward)
+    waiting_s = updates + min(busy["gpu"] - backward, held_s)
+    return max(blockwise_s(layers), min(waiting_s, serial_s(layers)))
 
 
 def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, TypedDict
 
 Overlap = Literal[
@@ -39,10 +40,12 @@ class LayerTraffic:
     disk_write_bytes: int = 0
     launches: int = 0
     """Operations that eager PyTorch starts one by one from the CPU."""
+    python_launches: int = 0
+    """What an engine's own Python takes beside, which autograd has no part in, in operations without it."""
     gathering_s: float = 0.0
     """What the CPU does beside that where GPUs divide weights, on an H200's host."""
     waited_launches: int = 0
-    """The same where the CPU waits for the GPU after each, which then waits for the CPU."""
+    """Such Python where the CPU waits for the GPU after each, which then waits for the CPU."""
     products: int = 0
     """Matrix products, one after the other on the GPU."""
     graph_kernels: int = 0
@@ -100,9 +103,10 @@ class GpuMemory(TypedDict):
     workspaces: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """What a method asks of the machine: per step by layer, and in memory by kind (bytes)."""
+    """What a method asks of the machine: per step by layer, and in memory by kind (bytes). Without slots, so
+    that sums over the layers are made once: a plan asks for them thousands of times."""
 
     layers: tuple[LayerTraffic, ...]
     gpu_memory_bytes: Mapping[str, int]
@@ -138,6 +142,9 @@ class Traffic:
     gpu_held_bytes: int = 0
     """What the method takes of the GPU beside what torch reserves and CUDA's context: CUDA graphs."""
     overlap: Overlap = "serial"
+    gradient_room: float = 1.0
+    """Where updates overlap block by block: the share of the blocks whose gradients may wait for the CPU on
+    the host at once."""
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
     cpu_adamw_kernel_factor: float | None = None
@@ -206,47 +213,47 @@ class Traffic:
             from_gpu_bytes=layer.h2d_bytes - up,
         )
 
-    @property
+    @cached_property
     def gpu_flops(self) -> float:
         return sum(layer.gpu_forward_flops + layer.gpu_backward_flops for layer in self.layers)
 
-    @property
+    @cached_property
     def gpu_bytes(self) -> float:
         return sum(layer.gpu_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def h2d_bytes(self) -> int:
         return sum(layer.h2d_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def d2h_bytes(self) -> int:
         return sum(layer.d2h_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def from_gpu_bytes(self) -> int:
         return sum(layer.from_gpu_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def disk_bytes(self) -> int:
         return sum(layer.disk_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def disk_write_bytes(self) -> int:
         return sum(layer.disk_write_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def cpu_adam_elements(self) -> int:
         return sum(layer.cpu_adam_elements for layer in self.layers)
 
-    @property
+    @cached_property
     def host_bytes(self) -> float:
         return sum(layer.host_bytes for layer in self.layers)
 
-    @property
+    @cached_property
     def peak_gpu_bytes(self) -> int:
         return sum(self.gpu_memory_bytes.values())
 
-    @property
+    @cached_property
     def peak_host_bytes(self) -> int:
         return sum(self.host_memory_bytes.values())
 

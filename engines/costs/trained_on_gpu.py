@@ -19,9 +19,10 @@ PAGED_FACTOR = 2
 IN_FLIGHT = 2
 """Gradients of the size of the largest tensor that an optimizer inside the backward pass has at once."""
 
-OPTIMIZER_IN_BACKWARD_LAUNCHES = 8
-"""What the Python of one torch optimizer for one parameter takes, in launches, called by the thread of the
-backward pass: 0.175 ms in two jobs on H200s (288 and 384 of them a step), where a launch is 20 us."""
+OPTIMIZER_IN_BACKWARD_LAUNCHES = 9
+"""What the Python of one torch optimizer for one parameter takes, in operations without autograd, called by
+the thread of the backward pass: 0.173 ms in two jobs on H200s (288 and 384 of them a step), where one is
+19 us. On a CPU it takes 5 (`tests/studies/launch_counts.py`), without what CUDA adds."""
 
 GALORE_LAUNCHES = 4
 """The same for one parameter of galore-torch's AdamW: 12 operations without autograd. On an H200 they hide
@@ -158,18 +159,18 @@ def _updated(
     workload: Workload,
     passes: BlockPasses,
     bytes_per_parameter: float,
-    launches: int = 0,
+    python_launches: int = 0,
     waited: int = 0,
 ) -> tuple[LayerTraffic, ...]:
-    """Forward and backward of every layer with an update of its parameters: `launches` and `waited_launches`
-    of a block's."""
+    """Forward and backward of every layer with an update of its parameters: `python_launches` and
+    `waited_launches` of a block's."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
         changed(
             layer,
             gpu_bytes=layer.gpu_bytes
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
-            launches=layer.launches + (launches if layer.name.startswith("block.") else 0),
+            python_launches=python_launches if layer.name.startswith("block.") else 0,
             waited_launches=waited if layer.name.startswith("block.") else 0,
         )
         for layer in transformer.training_layers(shape, workload, passes)

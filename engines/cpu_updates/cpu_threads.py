@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,14 +116,3 @@ def leave_threads_to_adam() -> None:
     torch.set_num_threads(min(2, before))
     torch.zeros(1 << 20).add_(1.0)  # a region of two; the others end at its beginning
     torch.set_num_threads(before)
-
-
-@contextmanager
-def adam_threads() -> Iterator[None]:
-    """As many in the calling thread's parallel regions as Adam has at the most."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(most_adam_threads())
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -24,7 +24,7 @@ Where things live. GPU: the bf16 weights of the model, gradients of three blocks
 blocks; of what lies outside the blocks (embeddings, final norm, head) also gradients, fp32 masters and
 moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinned) and the 16 bits that make
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
-Gradients of some blocks have pinned buffers there.
+Gradients of all blocks, or of as many as `gradient_blocks` says, have pinned buffers there.
 
 With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last

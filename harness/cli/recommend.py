@@ -169,6 +169,10 @@ def recommend(
     as_run = job if flags.gives("padding") else replace(job, padding="longest")
     lengths = data_lengths(as_run, shape, quiet=quiet)
     amount = amount_of(job.workload, asked, lengths)
+    if aim is not None and aim.hours is not None and amount is None:
+        raise UserError(
+            f"--target '{target}'", "does not say of how much", "add --examples, --tokens or a --data file"
+        )
     if lengths is not None and not tokenizer_files(job.model):
         _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}")
     folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)

@@ -5,7 +5,6 @@ Nothing here measures or lays out a table. What does not need torch does not imp
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +21,9 @@ from harness.progress import Progress, console
 from harness.records.presets import LR_SEARCH
 from harness.training.run_files import check_holds_run
 from profiles.documents import to_json
+
+MOST_EPOCHS = 1e9
+"""Passes over the data; more were typed wrong."""
 
 
 @takes_job(without=("warmup_steps", "host_memory", "timeout"))
@@ -124,10 +126,9 @@ def run(
     job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
     folder = results_folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise UserError(
-            f"--epochs {epochs:g}", "must be positive", "give a number of passes, such as 3 or 0.5"
-        )
+    if epochs is not None and not 0 < epochs < MOST_EPOCHS:
+        why = "is more than anybody trains" if epochs > 0 else "must be positive"
+        raise UserError(f"--epochs {epochs:g}", why, "give a number of passes, such as 3 or 0.5")
     if [flags.gives("steps"), epochs is not None, examples is not None].count(True) > 1:
         raise UserError("--epochs", "the length is given twice", "give one of --steps, --epochs, --examples")
     if (job.patience or job.best_by) and not job.eval_every:

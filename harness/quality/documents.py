@@ -53,7 +53,7 @@ class QualityTarget:
         return value >= self.value if HIGHER_IS_BETTER[self.metric] else value <= self.value
 
     def __str__(self) -> str:
-        return f"{self.metric}{'>=' if HIGHER_IS_BETTER[self.metric] else '<='}{self.value:g}"
+        return f"{self.metric}{'>=' if HIGHER_IS_BETTER[self.metric] else '<='}{self.value:.12g}"
 
 
 def parse_quality_target(text: str) -> QualityTarget:

@@ -11,7 +11,8 @@ from engines.registry_row import Elsewhere
 from harness.records.job import DataKind, Job
 
 FILE_KINDS = {
-    ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text",
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+    ".txt": "text",
 }  # fmt: skip
 
 CONTEXT_LINES = (
@@ -45,13 +46,27 @@ class ChosenMethod:
     @property
     def file_kind(self) -> str | None:
         """What `datasets` calls it; `None` for a data set of the hub."""
-        name = self.data or ""
+        name = (self.data or "").lower()
         return next((kind for ending, kind in FILE_KINDS.items() if name.endswith(ending)), None)
 
     @property
     def recomputes(self) -> bool:
         """Some blocks run again in the backward pass; other programs recompute all or none."""
         return self.job.checkpointing and getattr(self.settings, "checkpointed_blocks", "all") != 0
+
+    @property
+    def schedule(self) -> str:
+        """The learning rate's, by its name in transformers, whose `constant` leaves the warm-up out."""
+        warms_up = self.settings.schedule == "constant" and self.settings.warmup_steps > 0
+        return "constant_with_warmup" if warms_up else str(self.settings.schedule)
+
+    @property
+    def adam(self) -> dict[str, float]:
+        """AdamW's constants, by the keys of the Trainer of transformers."""
+        settings = self.settings
+        return {
+            "adam_beta1": settings.beta1, "adam_beta2": settings.beta2, "adam_epsilon": settings.adam_eps,
+        }  # fmt: skip
 
     @property
     def streams_weights(self) -> bool:

@@ -171,6 +171,11 @@ class Scenario(Protocol):
     def has_loss(self) -> bool:
         """Whether a step has a loss, which then has to be finite."""
 
+    @property
+    def own_s(self) -> float | None:
+        """Seconds of the step that was just taken, without what came beside it, such as an evaluation;
+        `None`: all of it counts."""
+
     def before(self, engine: Engine, recording: RunRecording, clock: Clock) -> None:
         """What comes between the set-up and the first step."""
 
@@ -253,8 +258,8 @@ def _take_steps(
                 if scenario.is_drained and step == total - 1:
                     engine.synchronize()
             finally:  # a failure while draining does not lose the step
-                now_s = clock()
-                record(step, now_s - last_s, stats)
+                now_s, own_s = clock(), scenario.own_s
+                record(step, now_s - last_s if own_s is None else own_s, stats)
             last_s = now_s
             if scenario.has_loss and not math.isfinite(stats.loss):
                 raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")

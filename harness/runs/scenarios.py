@@ -36,6 +36,7 @@ class Train:
     data: StepData
     is_drained: ClassVar[bool] = True
     has_loss: ClassVar[bool] = True
+    own_s: ClassVar[None] = None
 
     @property
     def warmup_steps(self) -> int:
@@ -100,6 +101,8 @@ class Learn:
         self._write = write
         self._clock: Clock = _no_clock
         self._learned = LearningOutcome()
+        self.own_s: float | None = None
+        """Of the step that was just taken."""
 
     @property
     def steps(self) -> int:
@@ -121,7 +124,8 @@ class Learn:
             step += 1
             if length.evaluations_due(step, train_s + self._clock() - began_s) > evaluated:
                 engine.synchronize()  # what is in flight belongs to the step
-            train_s += self._clock() - began_s
+            self.own_s = self._clock() - began_s
+            train_s += self.own_s
             self._learned = replace(self._learned, steps=step, train_s=train_s)
             if not math.isfinite(stats.loss):
                 yield stats
@@ -172,6 +176,7 @@ class Decode:
     """The prefill is the first of them."""
     is_drained: ClassVar[bool] = False
     has_loss: ClassVar[bool] = False
+    own_s: ClassVar[None] = None
 
     @property
     def steps(self) -> int:

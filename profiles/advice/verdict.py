@@ -23,6 +23,9 @@ from profiles.planning.precisions import INSTEAD
 LONG_S = 1800.0
 """From where on it is said what a comparison takes."""
 
+TO_DO = "; use --"
+"""Before the flag with which a method can run."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanVerdict:
@@ -149,7 +152,7 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
             if dtype and (enough := [each for each in names if each in alone])
         ]
         everybody = words.names([each for names in dtypes.values() for each in names])
-        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{', '.join(typed)}.")
+        said.append(f"{everybody}: {reason}{': type ' if typed else ''}{'; '.join(typed)}.")
     return [*said, *_advice(plans, ways_out)]
 
 
@@ -163,6 +166,8 @@ def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
     """The quickest way out, those that cost no quality first."""
     found = [ways_out[plan.engine] for plan in plans if plan.engine in ways_out]
     if not found:
+        if any(TO_DO in (plan.why_not or "") for plan in plans):
+            return []  # what to change of the job has been told
         return ["No change that was tried lets one fit: see --what-if for other machines."]
     best = min(
         found,

@@ -25,7 +25,7 @@ MEASURE = "ranges overlap, so which is faster is for a measurement to say"
 _DTYPES = {
     "bf16": "weights and passes in bf16",
     "fp16": "weights and passes in fp16",
-    "fp32": "none in quality; weights take twice the memory of 16 bits",
+    "fp32": "none, but weights take twice the memory of 16 bits",
 }
 
 

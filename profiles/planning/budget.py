@@ -201,3 +201,12 @@ def reserved_bytes(cost: Traffic, budget: Budget) -> int:
         tensors += cost.gpu_without_triton_bytes
     workspaces = cost.workspaces * budget.workspace_bytes
     return int(tensors * (1 + FRAGMENTATION)) + ALLOCATOR_BYTES + workspaces
+
+
+def taken_bytes(cost: Traffic, budget: Budget) -> int:
+    """What torch's allocator comes to in this budget: of what it needs for a plan that fits, no more than the
+    GPU has for it, since it gives back free places before memory runs out."""
+    reserved = reserved_bytes(cost, budget)
+    if budget.gpu_bytes is None or gpu_bytes_needed(cost, budget) > budget.gpu_bytes:
+        return reserved
+    return min(reserved, budget.gpu_bytes - beside_torch_bytes(cost, budget))

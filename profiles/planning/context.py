@@ -19,7 +19,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import Budget, shortages, why_missing
 from profiles.planning.plan import Prediction
-from profiles.planning.predict import predict, resource_s
+from profiles.planning.predict import expected_step_s, predict, resource_s
 
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""
@@ -110,7 +110,8 @@ class PlanningContext:
 
     def step_s(self, settings: Any) -> float | None:
         """Predicted seconds of such a step; `None`: the profile lacks a figure for it."""
-        return self.predict(settings).step_s
+        alone = expected_step_s(self.cost(settings), self.machine, self.workload)
+        return None if alone is None else alone + self.network_s(settings)
 
     def resource_s(self, settings: Any) -> dict[str, float] | None:
         """Seconds that each resource is busy in it; `None` likewise."""

@@ -21,7 +21,7 @@ from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
-from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, reserved_bytes, why_missing
+from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, taken_bytes, why_missing
 from profiles.planning.context import Choice, PlanningContext
 from profiles.planning.plan import Plan, Prediction
 from profiles.planning.precisions import INSTEAD, dtypes_for, why_no_dtype
@@ -146,7 +146,7 @@ def _gpu_bytes(cost: Traffic, context: PlanningContext) -> _GpuBytes:
     if context.machine.gpu is None:
         return _GpuBytes(reserved_gpu_bytes=None, gpu_bytes_beside=None, needed_gpu_bytes=None)
     return _GpuBytes(
-        reserved_gpu_bytes=reserved_bytes(cost, context.budget),
+        reserved_gpu_bytes=taken_bytes(cost, context.budget),
         gpu_bytes_beside=beside_torch_bytes(cost, context.budget),
         needed_gpu_bytes=gpu_bytes_needed(cost, context.budget),
     )

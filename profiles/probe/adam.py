@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from profiles.machine import Figure, absent
+from profiles.probe.numa import torch_threads
 from profiles.probe.timing import host_samples, rate_figure
 
 TENSOR_ELEMENTS = 16 * 2**20
@@ -60,7 +61,7 @@ def adamw_kernel_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: 
 
     from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
     from engines.cpu_updates.cpu_adam import compiled
-    from engines.cpu_updates.cpu_threads import adam_threads
+    from engines.cpu_updates.cpu_threads import most_adam_threads
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -97,7 +98,7 @@ def adamw_kernel_elements_per_s(seconds: float, memory_bytes: int, cache_bytes: 
             key=0,
         )
 
-    with adam_threads():
+    with torch_threads(most_adam_threads()):
         samples = host_samples(update, seconds)
         threads = torch.get_num_threads()
     total_bytes = drawn.nbytes + memory.weight.nbytes + sum(each.nbytes for each in states.values())

@@ -182,7 +182,7 @@ def command(study: LoadedStudy, out: str) -> str:
     plan = study.plan
     engines = ",".join(each.name for each in plan.methods)
     budget = plan.budget
-    length = f"{budget.seconds:g}s" if budget.seconds is not None else f"{budget.tokens:.0f}tokens"
+    length = f"{budget.seconds:.12g}s" if budget.seconds is not None else f"{budget.tokens:.0f}tokens"
     test = "" if plan.test is None else f" --test-data {shlex.quote(str(plan.test))}"
     return (
         f"lspzo-bench compare --job job.toml --engines {engines} --target '{plan.target}' --budget {length} "

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "noise" in request.path.parts:
-        yield
-        return
-    from drawn_once import drawn_once
-
-    with drawn_once():
-        yield
+def _draws_once(request: pytest.FixtureRequest) -> None:
+    if "noise" not in request.path.parts:
+        request.getfixturevalue("noise_drawn_once")

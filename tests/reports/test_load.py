@@ -97,6 +97,22 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     assert str(tmp_path) not in " ".join(reasons.values())
 
 
+def test_a_job_file_that_is_of_another_job_is_left_out(tmp_path: Path) -> None:
+    """As after an edit: what is told is what ran. Settings of methods, the seed and the time limit may be
+    other ones."""
+    changed = replace(make_test_job(), batch_size=7, seed=5)
+    write_folder(tmp_path, make_sweep(), job=changed)
+    loaded = load_folder(tmp_path)
+    assert loaded.job == make_test_job()
+    (broken,) = loaded.broken
+    told = f"it is not the job of the runs: batch_size is 7 and was {make_test_job().batch_size}"
+    assert (broken.file, broken.reason) == ("job.toml", told)
+    again = replace(make_test_job(), seed=5)
+    write_folder(tmp_path, make_sweep(), job=again)
+    loaded = load_folder(tmp_path)
+    assert (loaded.job, loaded.broken) == (again, ())
+
+
 def test_a_landed_share_that_rounding_brought_below_zero_costs_no_run(tmp_path: Path) -> None:
     loaded = load_folder(write_folder(tmp_path, [make_run("zo2", landed_share=-1e-4)]))
     assert (len(loaded.runs), loaded.broken) == (1, ())

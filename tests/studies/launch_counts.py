@@ -174,7 +174,7 @@ def counted_launches(case: Case, job: Job, shape: ModelShape) -> float:
     """Of a block; a Triton kernel counts as none, since the model counts it by another figure."""
     layers = traffic(case.engine, shape, job.workload, parse_settings(case.engine, case.settings)).layers
     blocks = [each for each in layers if each.name.startswith("block.")]
-    return sum(each.launches + each.waited_launches for each in blocks) / len(blocks)
+    return sum(each.launches + each.python_launches + each.waited_launches for each in blocks) / len(blocks)
 
 
 def step_samples(case: Case, job: Job, shape: ModelShape, device: str, seconds: float) -> list[float]:

@@ -592,9 +592,15 @@ def main() -> None:
 
 def run_all(asked: argparse.Namespace) -> None:
     """Every kind and seed that `asked.out` does not have complete."""
+    kinds = asked.kinds.split(",")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UserError("--kinds", f"there is no '{unknown[0]}'", f"choose from: {', '.join(KINDS)}")
+    if "authors" in kinds and asked.authors is None:
+        raise UserError("--kinds authors", "needs the authors' files", "name their folder with --authors")
     asked.out.mkdir(parents=True, exist_ok=True)
     for seed in map(int, asked.seeds.split(",")):
-        for kind in asked.kinds.split(","):
+        for kind in kinds:
             path = asked.out / f"{kind}-{seed}.json"
             if path.exists() and is_complete(read_curve(path), asked.steps):
                 continue

@@ -63,11 +63,11 @@ TASKS = {
 """Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
 
 SECONDS = {
-    "H200": "smollm2-135m-sst2-seconds_h200_20261129",
-    "4 GB, emulated": "smollm2-135m-sst2-seconds-4gb_h200_20261129",
-    "24 GB, emulated": "smollm2-135m-sst2-seconds-24gb_h200_20261129",
+    "H200": ("smollm2-135m-sst2-seconds_h200_20261129", "smollm2-135m-sst2-seconds_h200_20261130"),
+    "24 GB, emulated": ("smollm2-135m-sst2-seconds-24gb_h200_20261130",),
+    "4 GB, emulated": ("smollm2-135m-sst2-seconds-4gb_h200_20261129",),
 }
-"""Runs of SST-2's job with nothing beside them, by machine. Those that are not there were not run."""
+"""Folders with runs of SST-2's job on a GPU of their own, by machine."""
 TIMED = ("native", "lora", "exact-offload", "lsp, d = n/2")
 
 
@@ -199,12 +199,12 @@ def seconds_to(steps: int, run: Run) -> float:
     return sum(sample.step_s for sample in first) + max(0, steps - len(first)) * usual_s
 
 
-def seconds(method: MethodSeeds, value: float, folder: Path) -> Seconds | str:
-    """In words: why the folder has none, as no run of it ended well or some seed did not reach the value."""
+def seconds(method: MethodSeeds, value: float, folders: Sequence[Path]) -> Seconds | str:
+    """In words: why the folders have none, as no run ended well or some seed did not reach the value."""
     steps = method.steps_to(value)
     reached = tuple(each for each in steps if each is not None)
     engine = method.label.partition(",")[0]
-    runs = [load_run(path) for path in sorted(folder.glob(f"runs/{engine}-*.json"))]
+    runs = [load_run(path) for each in folders for path in sorted(each.glob(f"runs/{engine}-*.json"))]
     ends = [(run.end_state, len(run.samples)) for run in runs if run.end_state != "ok"]
     runs = [run for run in runs if run.end_state == "ok"]
     if len(reached) < len(steps):
@@ -227,16 +227,17 @@ def seconds_table() -> Iterator[str]:
     """Lines of Markdown."""
     by_label = {each.label: each for each in methods_of("SST-2, bf16")}
     value = nine_tenths(by_label["native"])
-    machines = {machine: RESULTS / name for machine, name in SECONDS.items() if (RESULTS / name).exists()}
-    heads = [
-        f"[{machine}](../../../reports/results/{path.name}/report.md)" for machine, path in machines.items()
-    ]
+    machines = {machine: [RESULTS / name for name in names] for machine, names in SECONDS.items()}
+    heads = []
+    for machine, paths in machines.items():
+        links = [f"[{path.name[-2:]} Nov](../../../reports/results/{path.name}/report.md)" for path in paths]
+        heads.append(f"{machine} ({', '.join(links)})")
     yield f"| method | steps | {' | '.join(heads)} |"
     yield "| --- | --- |" + " --- |" * len(heads)
     for label in TIMED:
         method = by_label[label]
         cells = [label, _steps(method.steps_to(value))]
-        cells += [_seconds(seconds(method, value, path)) for path in machines.values()]
+        cells += [_seconds(seconds(method, value, paths)) for paths in machines.values()]
         yield f"| {' | '.join(cells)} |"
 
 

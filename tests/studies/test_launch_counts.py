@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import launch_counts
 from launch_counts import CASES, Case, config_folder, counted_launches, found_of, job_of
 
-from engines.costs.transformer import GATED_LAUNCHES
+from engines.costs.transformer import GATED_LAUNCHES, PLAIN_STARTS
 from harness.resolve import resolve_shape
 
 
@@ -33,6 +34,9 @@ def test_an_eager_block_counts_as_three_passes(tmp_path: Path) -> None:
     case = Case(engine="native", family="llama", settings={"compile": "false", "graphs": "false"})
     job = job_of(case, config_folder("llama", 4, tmp_path), "cpu")
     assert counted_launches(case, job, resolve_shape(job)) == 3 * GATED_LAUNCHES
+    plain = replace(case, family="opt")
+    job = job_of(plain, config_folder("opt", 4, tmp_path), "cpu")
+    assert counted_launches(plain, job, resolve_shape(job)) == 3 * PLAIN_STARTS
 
 
 def test_a_case_is_measured_or_says_why_not() -> None:

@@ -148,6 +148,15 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bits(
     assert [path.name for path in anew.out.iterdir()] == [f"{kind}-3.json"]
 
 
+def test_a_way_that_is_not_there_is_refused(anew: argparse.Namespace) -> None:
+    anew.seeds = "3"
+    for kinds, why in (("engine,noise", "there is no 'noise'"), ("authors", "needs the authors' files")):
+        anew.kinds = kinds
+        with pytest.raises(study.UserError, match=why):
+            study.run_all(anew)
+    assert list(anew.out.iterdir()) == []
+
+
 def test_a_curve_without_its_weights_is_not_written_over(anew: argparse.Namespace) -> None:
     anew.kinds, anew.seeds, anew.resume = "same-noise", "3", True
     curve = study.train("same-noise", 3, anew)
@@ -194,6 +203,8 @@ def test_the_page_has_the_published_curves() -> None:
     most, last = study.difference(by_name["engine", 0], by_name["same-noise", 0])
     assert f"loss to {most:.1e}".replace("e-0", "e-") in page
     assert (len(by_name), last) == (13, 200)
+    cpu = study.read_curves(folder / "mezo_authors_cpu")
+    assert f"({study.difference(*cpu)[0]:.1e} apart".replace("e-0", "e-") in page
     lines = list(study.table([each for each in curves if each.kind != "same-noise"]))
     for line in lines[: lines.index("")]:
         assert line in page

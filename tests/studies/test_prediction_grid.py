@@ -27,25 +27,24 @@ from tests.studies.prediction_grid import (
     text_of,
 )
 
-FOLDERS = tuple(
-    Path(__file__).parent / f"prediction_grid_h200{when}" for when in ("", "_evening", "_night", "_midnight")
-)
-"""Cells of 29 November 2026 on H200 machines. Constants were changed after a look at each, as the README
-of the first says."""
+WHEN = ("", "_evening", "_night", "_midnight", "_second_night")
+FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
+"""Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
+README of the first says."""
 
-CELLS = 161
-RAN_OUT = 20
+CELLS = 205
+RAN_OUT = 43
 """Of memory."""
 NOW = {
-    "step": (52, 0.0635, 0.3623),
-    "reserved GPU memory": (98, 0.0474, 0.0918),
-    "host memory": (38, 0.0150, 0.0376),
+    "step": (39, 0.0385, 0.1131),
+    "reserved GPU memory": (118, 0.0403, 0.0872),
+    "host memory": (48, 0.0164, 0.0347),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
-UNFIT_BUT_RAN = 6
+UNFIT_BUT_RAN = 5
 """Runs that would be refused today with as much memory as they had, or with a twentieth more."""
 
 
@@ -85,7 +84,7 @@ def test_the_errors_do_not_grow(quantity: str) -> None:
 
 def test_nine_in_ten_steps_take_what_their_range_says() -> None:
     inside = [row.inside for row in rows() if row.inside is not None]
-    assert len(inside) >= 52
+    assert len(inside) >= 39
     assert sum(inside) >= INSIDE * len(inside), text_of(rows())
 
 
@@ -136,4 +135,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 98 |" in done.stdout
+    assert "| reserved GPU memory | 118 |" in done.stdout

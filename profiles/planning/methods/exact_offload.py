@@ -35,10 +35,6 @@ HIDDEN_STATES: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
 """In the order in which they are tried."""
 
 FEWEST_GRADIENT_BLOCKS = 2
-
-HIDDEN_SHARE = 0.9
-"""Of the GPU's time, what updates may take of which it is said that a few gradients at a time suffice."""
-
 TRIED = ("moments", "weights", "outer", "hidden_states", "gradient_blocks")
 
 WAYS_OUT = (
@@ -184,10 +180,10 @@ def _hides(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[fl
 def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
-    """What fits: the least approximate moments; then room for the gradients of all blocks, of a third where
-    updates hide or there is no more; then the fastest of where weights and hidden states are and of who
-    updates what is outside the blocks, the GPU where it is as fast; on disk if need be, and last with room
-    for the fewest gradients. Where nothing fits, what takes the least of the memory that is too small."""
+    """What fits: the least approximate moments; then the fastest of room for all blocks' gradients or a
+    third's, of where weights and hidden states are and of who updates what is outside the blocks, the GPU
+    where it is as fast; on disk if need be, and last with room for the fewest gradients. Where nothing fits,
+    what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
@@ -208,9 +204,8 @@ def _fitting(
         mine = [each for each in tried if each.moments == kept]
         with_room = [replace(each, gradient_blocks=room) for room in rooms for each in mine]
         fitting = [each for each in with_room if context.why_missing(each) is None]
-        roomy = [each for each in fitting if each.gradient_blocks == rooms[0] or _has_room(context, each)]
         if fitting:
-            return _fastest(context, given, roomy or fitting)
+            return _fastest(context, given, fitting)
     if "disk_blocks" not in given and settings.offload:
         exact_ones = [
             replace(each, gradient_blocks=rooms[-1]) for each in tried if each.moments == moments[0]
@@ -237,12 +232,6 @@ def _fitting(
     if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact), context.budget) > gpu_bytes:
         return exact
     return least
-
-
-def _has_room(context: PlanningContext, settings: ExactOffloadSettings) -> bool:
-    """Backward does not wait for room for its gradients, as the GPU's work hides the updates."""
-    times = _hides(context, settings)
-    return times is not None and times[1] <= HIDDEN_SHARE * times[0]
 
 
 def _fastest(

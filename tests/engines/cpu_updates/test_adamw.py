@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engines.cpu_updates import adamw as module
+from engines.cpu_updates import block_state
 from engines.cpu_updates.adamw import AdamWMemory, adamw, master, state_tensors
+from engines.cpu_updates.block_state import BlockChunk
+from engines.cpu_updates.chunks import StepShare
 from engines.cpu_updates.cpu_adam import compiled
-from engines.settings.exact_offload import Moments
+from engines.cpu_updates.rounding import noise_key
+from engines.settings.exact_offload import ExactOffloadSettings, Moments
+from engines.settings.lsp import LspSettings
+from engines.subspace import cores
+from engines.subspace.cores import CoreState
 
 KINDS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -201,3 +208,29 @@ def test_states_take_what_is_said() -> None:
         for kind in KINDS
     }
     assert bytes_of == {"fp32": 10 * 1280, "bf16": 6 * 1280, "int8": 4 * 1280 + 80}
+
+
+@pytest.mark.parametrize("of", ["block", "core"])
+def test_every_update_of_every_chunk_draws_noise_of_its_own(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same one in each, an element's moment would be rounded up in all of them, or in none."""
+    drawn: list[int] = []
+    where, name = (block_state, "adamw") if of == "block" else (cores, "core_adam")
+    monkeypatch.setattr(where, name, lambda *_, key, **__: drawn.append(key & 0xFFFFFFFF))
+    chunk: BlockChunk | CoreState
+    for number in range(4):
+        n, key, common = 128, noise_key(0, number // 2, number % 2), {"deadline": 0, "number": number}
+        if of == "block":
+            chunk = BlockChunk(
+                **common, squared_norm=torch.zeros(1), begin=0, end=n, weight=torch.zeros(n),
+                memory=fresh(torch.zeros(n), "bf16"), weight_decay=0.0, settings=ExactOffloadSettings(),
+                key=key, gradient=torch.zeros(n),
+            )  # fmt: skip
+        else:
+            flat = torch.zeros(n)
+            chunk = CoreState(
+                **common, incoming=flat, outgoing=flat, moment=flat, variance=flat,
+                squared_norm=torch.zeros(1), settings=LspSettings(), key=key,
+            )  # fmt: skip
+        for step in range(50):
+            chunk.update(StepShare(step=step, learning_rate=1.0))
+    assert len(set(drawn)) == len(drawn) == 200

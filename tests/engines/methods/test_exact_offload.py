@@ -291,7 +291,7 @@ class TestTwin:
         with running("llama", ctx, moments=moments, **clip) as engine:
             assert_same(train(engine, batches), expected)
 
-    @pytest.mark.parametrize("clip", CLIPS)
+    @pytest.mark.parametrize("clip", [*CLIPS, {"gradient_blocks": "auto"}])
     def test_equal_when_worker_and_link_are_late(
         self, clip: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -394,6 +394,7 @@ class TestTwin:
         "clip",
         [
             *CLIPS,
+            {"gradient_blocks": "auto"},
             {"weights": "streamed", "hidden_states": "host"},
             {"weights": "streamed", "outer": "host", "hidden_states": "host", **CLIPS[2]},
         ],
@@ -415,7 +416,7 @@ class TestTwin:
         "changes",
         [
             {},
-            {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"},
+            {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous", "gradient_blocks": "auto"},
             {"weights": "streamed", "outer": "host", "hidden_states": "host", "moments": "int8"},
         ],
         ids=["resident", "bf16", "streamed"],

@@ -13,6 +13,7 @@ import torch
 from engines.base import Batch, Context
 from engines.errors import NonFiniteLoss, UserError
 from engines.first_order import training_loop
+from engines.first_order.adamw import make_adamw, with_moments
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.methods.native import Native
 from engines.model.blocks import TORCH_DTYPE, find_blocks
@@ -85,6 +86,26 @@ def test_equals_a_plain_loop_bit_for_bit(family: str, tied: bool, dtype: Dtype) 
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_moments_are_made_with_the_weights_as_the_first_step_would_make_them() -> None:
+    weights = [
+        torch.nn.Parameter(torch.randn(3, 4, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    settings = NativeSettings(weight_decay=0.1)
+    before = with_moments(make_adamw(weights, settings))
+    in_step = make_adamw(weights, replace(settings, learning_rate=0.0, weight_decay=0.0))
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    in_step.step()
+    for weight in weights:
+        made, found = before.state[weight], in_step.state[weight]
+        assert made.keys() == found.keys()
+        for name, value in made.items():
+            assert not value.any()
+            assert (value.dtype, value.device, value.shape, value.stride()) == (
+                found[name].dtype, found[name].device, found[name].shape, found[name].stride(),
+            )  # fmt: skip
 
 
 def test_clips_the_gradient_of_all_micro_batches_together() -> None:

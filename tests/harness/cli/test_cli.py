@@ -117,6 +117,9 @@ def test_a_wrong_flag_is_one_line(
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--save-every", "2"), ("trains nothing",)),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--trace"), ("trains nothing", "--trace")),
         (("run", "--engine", "mezo", *TINY, "--json"), ("--json", "--find-lr")),
+        (("run", "--engine", "mezo", *TINY, "--epochs", "0"), ("--epochs 0", "positive")),
+        (("run", "--engine", "mezo", *TINY, "--epochs", "1e308"), ("--epochs 1e+308", "more than anybody")),
+        (("run", "--engine", "mezo", *TINY, "--epochs", "1", "--examples", "2"), ("given twice",)),
         (("run", "--engine", "mezo", *TINY, "--find-lr", "--set", "mezo.learning_rate=0"), ("is 0",)),
         (("export", "nowhere"), ("nowhere", "holds no run")),
         (("compare", *TINY, "--resume"), ("--resume", "--out")),
@@ -867,6 +870,11 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
         (["--gpus", "0"], "invalid value for '--gpus': must be at least 1; "),
         (["--batch-size", "0"], "--batch-size 0: must be positive; see 'lspzo-bench recommend --help'"),
         (["--seq-len", "-1"], "--seq-len -1: must be positive; see 'lspzo-bench recommend --help'"),
+        (["--batch-size", "9" * 20], f"--batch-size {'9' * 20}: must be 1,000,000 at most; "),
+        (
+            ["--accumulation", "9" * 20],
+            f"--accumulation {'9' * 20}: must be 500,000 at most where batch_size is 2",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_in_our_words_and_by_its_flag(

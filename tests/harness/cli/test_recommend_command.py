@@ -121,6 +121,7 @@ def test_a_target_is_answered_backwards() -> None:
         (("--price", "cheap"), "no amount, currency and unit"),
         (("--power", "450"), "--power '450'"),
         (("--target", "hours=0"), "no number of hours"),
+        (("--target", "hours=8"), "does not say of how much"),
         (("--target", "model=5000b"), "no named shape is of about that size"),
         (("--target", "model=nothing-like-it"), "is no named shape"),
         (("--vram", "0GB"), "not positive"),

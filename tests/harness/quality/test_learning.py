@@ -98,6 +98,20 @@ def test_time_is_that_of_steps_and_the_best_evaluation_alone_is_tested() -> None
     assert best.step == 4
 
 
+def test_a_step_of_a_trial_is_timed_without_the_evaluation_after_it() -> None:
+    """Where every step is followed by one, the median would else be that of both."""
+    clock, recording = Clock(), RunRecording(tokens_per_step=1)
+    length = LearningLength(evaluations=4, steps=4)
+    scenario = Learn(
+        Learning(length=length, metric="accuracy"), Data(), lambda each: {"accuracy": each.accuracy},
+        lambda outcome: None,
+    )  # fmt: skip
+    made: Any = Engine(clock, [0.5, 0.6, 0.7, 0.8, 0.9])
+    measure(made, None, scenario, recording, clock=clock)
+    assert [sample.step_s for sample in recording.samples] == [2.0] * 4
+    assert recording.summary().step_s_median == 2.0
+
+
 def test_a_step_longer_than_the_time_between_evaluations_is_still_evaluated() -> None:
     outcome, _ = learned(LearningLength(evaluations=4, seconds=3.0), [0.5, 0.6, 0.7])
     assert [each.step for each in outcome.evaluations] == [0, 1, 2]

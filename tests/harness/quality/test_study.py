@@ -69,6 +69,7 @@ def test_a_target_that_is_none_is_refused_in_one_line(text: str, why: str) -> No
 def test_targets_and_budgets_are_read() -> None:
     assert parse_quality_target("accuracy >= 0.9") == QualityTarget(metric="accuracy", value=0.9)
     assert str(parse_quality_target("perplexity_per_token<=20")) == "perplexity_per_token<=20"
+    assert str(parse_quality_target("loss<=0.12345678")) == "loss<=0.12345678"  # commands have it so
     assert parse_budget("2h").seconds == 7200
     assert parse_budget("1.5min").seconds == 90
     assert parse_budget("5Mtokens").tokens == 5e6
@@ -116,9 +117,11 @@ def test_methods_are_told_apart_by_the_spread_over_seeds() -> None:
     assert over_seeds([0.8, 0.85, 0.86], [0.9, 0.91, 0.92], "accuracy") == "worse"
     assert over_seeds([0.90, 0.905, 0.902], [0.901, 0.906, 0.9], "accuracy") == "same"
     assert over_seeds([0.897, 0.902, 0.899], [0.907, 0.9, 0.902], "accuracy") == "same"  # a point, not more
+    assert over_seeds([0.90, 0.915, 0.902], [0.901, 0.912, 0.903], "accuracy") == "undecided"
     assert over_seeds([0.8, 0.9, 0.95], [0.85, 0.9, 0.91], "accuracy") == "undecided"
     assert over_seeds([0.9, 0.9], [0.1, 0.1], "accuracy") == "undecided"
     assert over_seeds([20.0, 21.0, 22.0], [30.0, 31.0, 33.0], "perplexity_per_token") == "better"
+    assert over_seeds([20.0, 20.15, 20.3], [20.1, 20.0, 20.3], "perplexity_per_token") == "undecided"
     assert over_seeds([20.0, 20.05, 20.1], [20.1, 20.0, 20.1], "perplexity_per_token") == "same"
 
 

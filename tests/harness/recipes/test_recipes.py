@@ -66,6 +66,19 @@ def test_settings_of_the_plan_are_in_the_file() -> None:
     assert (told["lora_r"], told["lora_target_modules"]) == (8, ["q_proj", "v_proj"])
 
 
+@pytest.mark.parametrize("stack", ["trl", "axolotl", "llamafactory"])
+def test_adam_and_its_rate_are_ours_and_not_the_programs_defaults(stack: Stack) -> None:
+    own = {"beta2": 0.95, "adam_eps": 1e-6, "schedule": "constant", "warmup_steps": 10}
+    found = answer(("lora",), settings={"lora": own})
+    (plan,) = found.plans
+    recipe = recipe_of(found, plan, stack)
+    assert recipe is not None
+    told = keys(next(iter(recipe.files.values())))
+    assert (told["adam_beta1"], told["adam_beta2"], told["adam_epsilon"]) == (0.9, 0.95, 1e-6)
+    assert "constant_with_warmup" in told.values()
+    assert told["warmup_steps"] == 10
+
+
 def test_data_files_are_told_in_each_programs_way(tmp_path: Path) -> None:
     data = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -81,7 +81,7 @@ def test_the_flag_is_what_was_tried() -> None:
 def test_every_engine_is_searched_and_the_same_each_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
 ) -> None:
-    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1 / 30, 1, 30))
+    monkeypatch.setattr("harness.training.find_lr.FACTORS", (1, 30))
     more = {"d": 16, "learn_steps": 5} if engine == "lsp" else {}
     finding = search(engine, tmp_path / "out", **more)
     assert len({t.loss_before for t in finding.trials}) == 1  # from the same weights

@@ -109,6 +109,7 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")  # what torchrun starts is no fork
 def test_torchrun_starts_a_command_on_each_machine(tmp_path: Path) -> None:
     """Itself, twice on this one, as for two machines, each with two processes: the run is that of one."""
     with socket.socket() as free:

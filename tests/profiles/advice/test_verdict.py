@@ -97,6 +97,14 @@ def test_what_cannot_run_is_answered_with_what_to_type() -> None:
     assert verdict([]).text == "There is no plan."
 
 
+def test_where_a_flag_lets_methods_run_nothing_else_is_advised() -> None:
+    workload = Workload(batch_size=4, seq_len=64, accumulation=2)
+    job = JobToPlan(shape=TINY, workload=workload, engines=["native"], settings={}, gpus=3)
+    plan = plan_engine(job.context("native", H200), job.settings_of("native"))
+    told = verdict_of([plan], {}, {}, TINY, of_job=False).text
+    assert told.endswith("native: has 2 micro-batches a step for 3 processes; use --accumulation 3.")
+
+
 def test_a_precision_is_named_for_what_it_lets_run() -> None:
     """native takes more than a T4 has in fp32, and the torchao row smaller micro-batches, too."""
     t4 = find_profile(Path("t4"))

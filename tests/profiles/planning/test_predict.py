@@ -28,7 +28,13 @@ from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload
 from harness.models.configs import named_shape
 from profiles.machine import Figure, Gpu, LinkFigures, Machine, absent
-from profiles.planning.budget import budget_of, gpu_bytes_needed, reserved_bytes
+from profiles.planning.budget import (
+    beside_torch_bytes,
+    budget_of,
+    gpu_bytes_needed,
+    reserved_bytes,
+    taken_bytes,
+)
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
@@ -527,6 +533,19 @@ def test_a_vocabulary_off_the_grid_slows_the_head_down() -> None:
     assert abs(more_s(H200, replace(work, dtype="fp32"))) < 0.1 * head_s
 
 
+@pytest.mark.parametrize(("training_s", "taken_s"), [(20e-6, 20e-6), (46e-6, 1.6 * 15e-6)])
+def test_a_disturbed_time_with_autograd_is_held_to_that_without(training_s: float, taken_s: float) -> None:
+    def figure(value: float) -> Figure:
+        return Figure(value=value, origin="measured", method="a probe")
+
+    cpu = replace(H200.cpu, forward_launch_s=figure(15e-6), training_launch_s=figure(training_s))
+    starts = LayerTraffic(name="block.0", gpu_backward_flops=1.0, launches=1000)
+    work = Traffic(layers=(starts,), gpu_memory_bytes={}, host_memory_bytes={"process": 0})
+    told = predict(work, replace(H200, cpu=cpu), TRAINING)
+    pause_s = STEP_LAUNCHES * 15e-6
+    assert told.step_s == pytest.approx(1000 * taken_s + pause_s, rel=1e-3)
+
+
 def test_what_torch_gives_back_is_not_needed() -> None:
     """Places that are free again at another moment count in what it reserves, not in what a plan needs."""
     budget = budget_of(H200, None, None, None)
@@ -537,6 +556,16 @@ def test_what_torch_gives_back_is_not_needed() -> None:
     )
     assert gpu_bytes_needed(cost, budget) == pytest.approx(gpu_bytes_needed(without, budget), abs=2)
     assert reserved_bytes(cost, budget) > reserved_bytes(without, budget)
+
+
+def test_torch_reserves_no_more_than_the_gpu_has_for_it() -> None:
+    """Of a plan that fits; what another lacks is told."""
+    cost = traffic("exact-offload", DEEPSEEK_1B, TRAINING, parse_settings("exact-offload", {}))
+    needed = gpu_bytes_needed(cost, budget_of(H200, None, None, None))
+    at_edge, below = (budget_of(H200, vram, None, None) for vram in (needed, needed - 1))
+    for_torch = needed - beside_torch_bytes(cost, at_edge)
+    assert taken_bytes(cost, at_edge) == for_torch < reserved_bytes(cost, at_edge)
+    assert taken_bytes(cost, below) == reserved_bytes(cost, below)
 
 
 @pytest.mark.parametrize(("tokens", "waits"), [(64, True), (4096, False)])

@@ -54,7 +54,7 @@ def test_the_method_that_reached_the_target_first_is_the_answer(tmp_path: Path) 
     assert "http" not in re.sub(r"http-equiv|https?://www.w3.org/\S+", "", html)
 
 
-@pytest.mark.parametrize("budget", ["2h", "1500ktokens", "90s"])
+@pytest.mark.parametrize("budget", ["300h", "2h", "1500ktokens", "90s"])
 def test_the_command_that_goes_on_says_the_budget_as_it_is_read(budget: str) -> None:
     study = read_study(study_plan(ENGINES[:1], budget=budget), {"native": [rising(10.0)]})
     words = command(study, ".").split()
