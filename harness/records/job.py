@@ -35,6 +35,9 @@ NotWhereOne = Field(exclude_if=lambda value: value == 1)
 JOB_FILE = "job.toml"
 """The file that says what is trained in a folder of results, of a training run, or beside a recipe."""
 
+MOST_SEQUENCES = 1_000_000
+"""Sequences of a step. More are a slip of the finger, and plans list every micro-batch."""
+
 Padding = Literal["seq_len", "longest"]
 
 HeadChoice = Literal["auto", "causal_lm", "masked_lm", "classification", "question_answering"]
@@ -141,6 +144,11 @@ class Job:
         for name in ("batch_size", "seq_len", "accumulation", "steps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive")
+        if self.batch_size > MOST_SEQUENCES:
+            raise ValueError(f"batch_size must be {MOST_SEQUENCES:,} at most")
+        if self.batch_size * self.accumulation > MOST_SEQUENCES:
+            most = MOST_SEQUENCES // self.batch_size
+            raise ValueError(f"accumulation must be {most:,} at most where batch_size is {self.batch_size:,}")
         for name in ("warmup_steps", "eval_batches", "eval_every", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

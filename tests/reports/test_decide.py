@@ -24,7 +24,7 @@ from reports.criteria import (
 )
 from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
 from reports.judging import stated
-from reports.judging.ranking import beats, is_faster
+from reports.judging.ranking import Standing, beaten_by, beats, is_faster, quality
 from reports.judging.untried import Untried, to_try
 from reports.metrics import group
 from reports.tables import rare_notes
@@ -511,6 +511,30 @@ def test_the_same_memory_is_not_less_and_beats_nobody() -> None:
     assert not beats("lora", "exact-offload", all_)
     smaller = [replace(run, summary=replace(run.summary, peak_gpu_reserved_bytes=2**29)) for run in runs[::2]]
     assert beats("lora", "exact-offload", group([*smaller, *runs[1::2]], make_machine()))
+
+
+def test_a_method_with_a_worse_verdict_beats_nobody() -> None:
+    """However fast and small it is, and however well it learns."""
+    runs = [
+        make_run(engine, job=REAL, round=round_, step_s=scaled(step_s), peak_gpu_reserved_bytes=gib * 2**30,
+                 eval_loss_first=2.0, eval_loss_last=loss)
+        for round_ in (1, 2, 3)
+        for engine, step_s, gib, loss in (("lora", 1.0, 1, 1.0), ("exact-offload", 4.0, 2, 1.5))
+    ]  # fmt: skip
+    all_ = group(runs, make_machine())
+    standings = [Standing(engine=engine, state="GO", missed=0) for engine in ("lora", "exact-offload")]
+    assert beaten_by(standings, all_) == {"exact-offload": "lora"}
+    standings[0] = replace(standings[0], state="NO-GO")
+    assert beaten_by(standings, all_) == {}
+
+
+def test_losses_of_random_weights_rank_nobody() -> None:
+    runs = [
+        make_run(engine, job=REAL, eval_loss_first=9.0, eval_loss_last=1.0) for engine in ("native", "lora")
+    ]
+    assert quality("lora", group(runs, make_machine())) == 1.0
+    random = [replace(run, model=replace(run.model, random_weights=True)) for run in runs]
+    assert quality("lora", group(random, make_machine())) is None
 
 
 def test_what_no_median_shows_counts_where_methods_are_ranked_and_in_the_headline() -> None:

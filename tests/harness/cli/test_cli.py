@@ -870,6 +870,11 @@ def test_interrupt_keeps_finished_runs_and_exits_130(profile: Path, tmp_path: Pa
         (["--gpus", "0"], "invalid value for '--gpus': must be at least 1; "),
         (["--batch-size", "0"], "--batch-size 0: must be positive; see 'lspzo-bench recommend --help'"),
         (["--seq-len", "-1"], "--seq-len -1: must be positive; see 'lspzo-bench recommend --help'"),
+        (["--batch-size", "9" * 20], f"--batch-size {'9' * 20}: must be 1,000,000 at most; "),
+        (
+            ["--accumulation", "9" * 20],
+            f"--accumulation {'9' * 20}: must be 500,000 at most where batch_size is 2",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_in_our_words_and_by_its_flag(

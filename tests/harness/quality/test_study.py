@@ -117,9 +117,11 @@ def test_methods_are_told_apart_by_the_spread_over_seeds() -> None:
     assert over_seeds([0.8, 0.85, 0.86], [0.9, 0.91, 0.92], "accuracy") == "worse"
     assert over_seeds([0.90, 0.905, 0.902], [0.901, 0.906, 0.9], "accuracy") == "same"
     assert over_seeds([0.897, 0.902, 0.899], [0.907, 0.9, 0.902], "accuracy") == "same"  # a point, not more
+    assert over_seeds([0.90, 0.915, 0.902], [0.901, 0.912, 0.903], "accuracy") == "undecided"
     assert over_seeds([0.8, 0.9, 0.95], [0.85, 0.9, 0.91], "accuracy") == "undecided"
     assert over_seeds([0.9, 0.9], [0.1, 0.1], "accuracy") == "undecided"
     assert over_seeds([20.0, 21.0, 22.0], [30.0, 31.0, 33.0], "perplexity_per_token") == "better"
+    assert over_seeds([20.0, 20.15, 20.3], [20.1, 20.0, 20.3], "perplexity_per_token") == "undecided"
     assert over_seeds([20.0, 20.05, 20.1], [20.1, 20.0, 20.1], "perplexity_per_token") == "same"
 
 

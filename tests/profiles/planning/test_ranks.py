@@ -56,6 +56,24 @@ def test_links_are_those_of_the_slowest_gpu_while_all_copy() -> None:
     assert part.cpu.cores_usable == H200.cpu.cores_usable // 2
 
 
+def test_rates_of_the_host_are_shared_by_all() -> None:
+    of_cores = (
+        "matmul_fp32_flops",
+        "matmul_bf16_flops",
+        "adam_elements_per_s",
+        "adamw_kernel_elements_per_s",
+    )
+    of_memory = ("copy_bytes_per_s", "triad_bytes_per_s")
+    machine = replace(
+        H200,
+        cpu=replace(H200.cpu, **dict.fromkeys(of_cores, measured(8e9))),
+        memory=replace(H200.memory, **dict.fromkeys(of_memory, measured(8e9))),
+    )
+    part = machine_of_a_rank(machine, 4)
+    assert [getattr(part.cpu, name).value for name in of_cores] == [2e9] * 4
+    assert [getattr(part.memory, name).value for name in of_memory] == [2e9] * 2
+
+
 def test_links_together_are_no_faster_than_host_memory() -> None:
     assert H200.link is not None
     slow = replace(H200, memory=replace(H200.memory, copy_bytes_per_s=measured(1e9)))
