@@ -153,8 +153,8 @@ def checkpoint_weights(
 
 
 def refuse_without_place(source: ModelSource, model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Raises `UserError` if one of `names`, tensors of the checkpoint that `model` has no place for, is of its
-    blocks: what config.json leaves out of a model is not what its author trained.
+    """Raises `UserError` if one of `names`, tensors of the checkpoint that `model` has no place for, is of
+    its blocks: what config.json leaves out of a model is not what its author trained.
 
     Others may have no place: heads of other tasks, and what old versions of transformers stored beside.
     """

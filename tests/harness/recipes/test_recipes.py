@@ -94,6 +94,18 @@ def test_data_files_are_told_in_each_programs_way(tmp_path: Path) -> None:
     assert (listed["file_name"], listed["formatting"]) == (str(data), "sharegpt")
 
 
+def test_a_path_from_here_is_told_from_where_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lines.jsonl").write_text(20 * (json.dumps({"text": "some words"}) + "\n"), encoding="utf-8")
+    Path("out").mkdir()
+    write_recipe(answer(("lora",), data={"train": "lines.jsonl"}), "trl", Path("out"))
+    (told,) = keys(Path("out", "trl.yaml").read_text(encoding="utf-8"))["datasets"]
+    assert Path("out", told["data_files"]).resolve() == tmp_path / "lines.jsonl"
+    assert load_job(Path("out", "job.toml")).data.train == "lines.jsonl"
+
+
 def test_ours_is_always_written_and_what_the_program_lacks_is_said(tmp_path: Path) -> None:
     written = write_recipe(answer(("zo2", "lora")), "axolotl", tmp_path / "one")
     assert (written.folder / "axolotl.yaml").exists()
