@@ -62,7 +62,22 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
         for name, text in recipe.files.items():
             write_whole(folder / name, text)
         lines.append(f"{stack}, in {folder}: {recipe.command}")
+        lines += _of_processes(job, stack)
     return Written(folder, tuple(lines))
+
+
+def _of_processes(job: Job, stack: Stack) -> list[str]:
+    """Where there are several: how their programs count micro-batches."""
+    processes = job.limits.gpus * job.limits.nodes
+    if processes == 1:
+        return []
+    each = -(-job.accumulation // processes)
+    where = f", {job.limits.gpus} on each of {job.limits.nodes} machines" if job.limits.nodes > 1 else ""
+    together = "" if each * processes == job.accumulation else f", {each * processes} together"
+    return [
+        f"note: the files for {stack} are of {processes} processes{where}, one for each GPU: {each} of "
+        f"--accumulation {job.accumulation} for each{together}"
+    ]
 
 
 def _stand_ins(job: Job) -> list[str]:
