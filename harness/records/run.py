@@ -331,6 +331,9 @@ def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
     if run.scenario != scenario:
         why = f"is a {_RECORDS[run.scenario]}, not a {_RECORDS[scenario]}"
         raise UserError(str(path), why, "move it to the folder of its kind")
+    for name in ("batch_size", "seq_len"):
+        if not isinstance(run.job.get(name), int):
+            raise UserError(str(path), f"its job says no {name}", "take the record as it was written")
     return run
 
 
