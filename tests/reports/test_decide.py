@@ -514,6 +514,18 @@ def test_the_same_memory_is_not_less_and_beats_nobody() -> None:
     assert beats("lora", "exact-offload", group([*smaller, *runs[1::2]], make_machine()))
 
 
+def test_of_runs_that_disagree_by_far_nobody_says_which_is_faster() -> None:
+    """As the risks say of them; however far the other method is."""
+    steps = [("lora", 1.0), ("lora", 2.0), ("exact-offload", 9.0), ("exact-offload", 9.0)]
+    runs = [
+        make_run(engine, job=REAL, round=number % 2 + 1, step_s=scaled(step_s), peak_gpu_reserved_bytes=size,
+                 eval_loss_first=2.0, eval_loss_last=1.0)
+        for number, (engine, step_s) in enumerate(steps) for size in (2**29 if engine == "lora" else 2**30,)
+    ]  # fmt: skip
+    assert not is_faster("lora", "exact-offload", group(runs, make_machine()))
+    assert is_faster("lora", "exact-offload", group(runs[1:], make_machine()))
+
+
 def test_a_method_with_a_worse_verdict_beats_nobody() -> None:
     """However fast and small it is, and however well it learns."""
     runs = [
