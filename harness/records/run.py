@@ -164,6 +164,13 @@ class Predicted:
     rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """One step in so many takes `rare_s` beside, the first among them; `None`: all steps are alike."""
 
+    @property
+    def lasting_step_s(self) -> float | None:
+        """On average in a long job, with its part of that."""
+        if self.step_s is None or self.rare_s is None or self.rare_every is None:
+            return self.step_s
+        return self.step_s + self.rare_s / self.rare_every
+
     def rare_job_s(self, steps: float) -> float:
         """What is done now and then takes so much in a job of `steps`."""
         return rare_work_s(self.rare_s, self.rare_every, steps)
