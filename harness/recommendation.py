@@ -272,7 +272,7 @@ def with_what_if(answer: Recommendation, planned: JobToPlan) -> Recommendation:
 def with_target(answer: Recommendation, planned: JobToPlan, target: Target) -> Recommendation:
     if target.model is not None:
         planned = replace(planned, shape=shape_of_target(target.model), amount=None)
-    return replace(answer, target=target, answers=answers(catalogue(), planned, target))
+    return replace(answer, target=target, answers=answers(catalogue(), planned, target, answer.machine))
 
 
 SAME_SIZE = 0.25

@@ -303,7 +303,7 @@ def _step_s(each: Published) -> CellValue:
 
 def _beside_native(each: Published) -> CellValue:
     native = each.all_.of(YARDSTICK)
-    found = ratio(each.rounds.step_times, native.step_times)
+    found = ratio(each.rounds.lasting_step_times, native.lasting_step_times)
     if found is None:
         return None
     has_two = min(len(each.rounds.ok), len(native.ok)) == 2

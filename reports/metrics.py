@@ -292,12 +292,12 @@ def _native_is_out(native: Rounds, all_: Measurements) -> str | None:
 
 def _step_time_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     native = all_.of(YARDSTICK)
-    mine, other = (_expected(each, lambda one: one.step_s) for each in (rounds, native))
+    mine, other = (_expected(each, lambda one: one.lasting_step_s) for each in (rounds, native))
     expected = _share(mine, other)
     evidence = tuple(dict.fromkeys(run.id for run in (*rounds.runs, *native.runs)))
     if rounds.engine == YARDSTICK and rounds.step_s is not None:
         return MetricFinding(value=1.0, low=1.0, high=1.0, runs=len(rounds.ok), evidence=evidence)
-    found = ratio(rounds.step_times, native.step_times)
+    found = ratio(rounds.lasting_step_times, native.lasting_step_times)
     if found is not None:
         emulated = is_emulated(rounds)
         return MetricFinding(

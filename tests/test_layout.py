@@ -164,17 +164,21 @@ def tree_of(path: Path) -> ast.Module:
 
 
 @cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree_of(path)))
+
+
+@cache
 def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """Modules of ours that a file imports, and whether it does so inside a function."""
-    tree = tree_of(path)
     inside = {
         id(node)
-        for function in ast.walk(tree)
+        for function in nodes_of(path)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
     found: list[tuple[str, bool]] = []
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [
@@ -282,7 +286,7 @@ def private_imports(sources: Sources) -> list[str]:
     return [
         f"{module} -> {alias.name}"
         for module, path in sources.items()
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES
         for alias in node.names
         if re.match("_[^_]", alias.name)
@@ -490,11 +494,12 @@ NAMED = {
 """`module -> engine` that is none of the above, and why."""
 
 
+@cache
 def _names_of_engines(path: Path) -> set[str]:
     """Engines whose name a file holds as a whole string."""
     return {
         node.value
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ENGINES
     }
 
@@ -569,7 +574,7 @@ def references_only(sources: Sources) -> list[str]:
     return [
         f"{module}.{node.name}"
         for module, path in sources.items()
-        for node in ast.walk(tree_of(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
         and re.match(r"(See|As|Like) `[^`]+`", ast.get_docstring(node) or "")
     ]
@@ -583,7 +588,7 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
     """`_name`s of other objects that the files below `folder` use, by file."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted(folder.rglob("*.py")):
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
                 continue
             # `os._exit` is documented, with its underscore.

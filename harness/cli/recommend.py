@@ -189,6 +189,8 @@ def recommend(
         _note(NO_GPU_HERE)
     for note in limits_beyond(job, machine):
         _note(note)
+    if (what_if or aim is not None) and (job.limits.vram_bytes or job.limits.host_bytes):
+        _note(OTHERS_ARE_WHOLE)
     planned = job_to_plan(job, shape, names, amount)
     calibration = None if calibrate is None else calibration_from(calibrate, machine)
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
@@ -217,6 +219,12 @@ def recommend(
             typer.echo(translated(line), err=True)
         if not as_json:
             typer.echo(str(written.folder))
+
+
+OTHERS_ARE_WHOLE = (
+    "--vram and --host-memory hold for the machine that is planned for; "
+    "others of the catalogue have all of theirs"
+)
 
 
 def _note(text: str) -> None:

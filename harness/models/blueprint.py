@@ -26,9 +26,9 @@ from harness.models.meta import (
     malformed,
     persistent_buffers_of,
 )
-from harness.models.safetensors_files import read_weights, stored_tensors
+from harness.models.safetensors_files import names_without_place, read_weights, stored_tensors
 from harness.models.tokenizers import TOKENIZER_FILES, load_tokenizer, tokenizer_files
-from harness.models.weights import checkpoint_weights, random_weights
+from harness.models.weights import checkpoint_weights, random_weights, refuse_without_place
 from harness.records.job import Job, ModelSource
 
 
@@ -113,6 +113,7 @@ def make_blueprint(job: Job, shape: ModelShape, sample: Batch | None = None) -> 
     if source.random_weights:
         weights = random
     elif stored is not None:
+        refuse_without_place(source, model, names_without_place(source, model, body))
         weights = read_weights(stored)
     else:
         weights = checkpoint_weights(source, config, shape, values, random, model)

@@ -64,6 +64,16 @@ def stored_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
         return {}
 
 
+def names_without_place(source: ModelSource, model: nn.Module, body: str) -> list[str]:
+    """Tensors in the files of a local folder that are of no parameter and no buffer of `model`, in the files'
+    order. `body` as in `stored_tensors`."""
+    known: set[str] = set()
+    for each in (model.named_parameters, model.named_buffers):
+        for name, _ in each(remove_duplicate=False):
+            known |= {name, f"{body}.{name}", name.removeprefix(f"{body}.")}
+    return [name for name in stored_shapes(source) if name not in known]
+
+
 def what_is_wrong(source: ModelSource) -> str:
     """Of weights that transformers could not load: the first file that is missing or broken."""
     folder = local_folder(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from harness.models.meta import CONFIGURATION_FAILURES
 from harness.models.safetensors_files import stored_shapes, what_is_wrong
 from harness.records.job import ModelSource
 from harness.records.seeds import derive_seed
+
+STORED_ONCE = ("inv_freq", "masked_bias", "position_ids", "relative_position_index")
+"""Last parts of names of what blocks compute themselves today, and older files have."""
 
 CHUNK_ELEMENTS = 1 << 22
 """Random weights on the CPU come in chunks of this size, each with its own generator, on all threads."""
@@ -120,6 +124,7 @@ def checkpoint_weights(
             "download it again, or convert it to safetensors",
         ) from None
     _refuse_other_shapes(source, shape.head, body, info["mismatched_keys"])
+    refuse_without_place(source, model, sorted(info["unexpected_keys"]))
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
     lost = sorted(
         name
@@ -145,6 +150,31 @@ def checkpoint_weights(
             random(name, out)
 
     return fill
+
+
+def refuse_without_place(source: ModelSource, model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Raises `UserError` if one of `names`, tensors of the checkpoint that `model` has no place for, is of
+    its blocks: what config.json leaves out of a model is not what its author trained.
+
+    Others may have no place: heads of other tasks, and what old versions of transformers stored beside.
+    """
+    body = model.base_model_prefix
+    inside = {name for name, _ in getattr(model, body, model).named_children()}
+    dropped = model._keys_to_ignore_on_load_unexpected or ()
+
+    def is_of_blocks(name: str) -> bool:
+        first, *rest = name.removeprefix(f"{body}.").split(".")
+        if first not in inside or not any(part.isdigit() for part in rest):
+            return False
+        return rest[-1] not in STORED_ONCE and not any(re.search(each, name) for each in dropped)
+
+    lost = [name for name in names if is_of_blocks(name)]
+    if lost:
+        raise UserError(
+            f"model '{source.name}'",
+            f"its files hold tensors of blocks that config.json does not make ({len(lost)}, {lost[0]} first)",
+            "make config.json tell the blocks of the files",
+        )
 
 
 def _refuse_other_files(source: ModelSource, head: Head, model: PreTrainedModel) -> None:

@@ -28,7 +28,7 @@ def axolotl_recipe(chosen: ChosenMethod) -> Recipe | None:
         "sequence_len": job.seq_len,
         "sample_packing": False,
         "micro_batch_size": job.batch_size,
-        "gradient_accumulation_steps": job.accumulation,
+        "gradient_accumulation_steps": chosen.accumulation,
         "gradient_checkpointing": chosen.recomputes,
         "learning_rate": chosen.settings.learning_rate,
         "lr_scheduler": chosen.schedule,

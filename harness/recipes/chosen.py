@@ -50,6 +50,16 @@ class ChosenMethod:
         return next((kind for ending, kind in FILE_KINDS.items() if name.endswith(ending)), None)
 
     @property
+    def processes(self) -> int:
+        """Of the job, one for each GPU."""
+        return self.job.limits.gpus * self.job.limits.nodes
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each process in a step, as other programs count them; ours are those of all."""
+        return -(-self.job.accumulation // self.processes)
+
+    @property
     def recomputes(self) -> bool:
         """Some blocks run again in the backward pass; other programs recompute all or none."""
         return self.job.checkpointing and getattr(self.settings, "checkpointed_blocks", "all") != 0
@@ -85,6 +95,10 @@ class Recipe:
 def as_yaml(values: Mapping[str, Any], source: str, chosen: ChosenMethod) -> str:
     """One key a line, each value as JSON, which YAML holds. `source`: where the keys were looked up."""
     head = [f"{chosen.engine}, as recommended by lspzo-bench. Keys as in {source}.", *CONTEXT_LINES]
+    if chosen.processes > 1:
+        head.append(
+            f"For {chosen.processes} processes, one for each GPU: batches and accumulation are of each."
+        )
     lines = [f"# {line}" for line in head]
     lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
     return "\n".join(lines) + "\n"

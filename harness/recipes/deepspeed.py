@@ -21,12 +21,13 @@ def deepspeed_recipe(chosen: ChosenMethod) -> Recipe | None:
     workload = chosen.job.workload
     values = zero(chosen) | {
         "train_micro_batch_size_per_gpu": workload.batch_size,
-        "gradient_accumulation_steps": workload.accumulation,
+        "gradient_accumulation_steps": chosen.accumulation,
         "optimizer": {"type": "AdamW", "params": _adam(chosen.settings)},
     }
     if chosen.settings.max_grad_norm:
         values["gradient_clipping"] = chosen.settings.max_grad_norm
-    return Recipe(files={FILE: as_json(values)}, command=f"deepspeed YOUR_SCRIPT.py --deepspeed {FILE}")
+    gpus = "" if chosen.processes == 1 else f"--num_gpus {chosen.job.limits.gpus} "
+    return Recipe(files={FILE: as_json(values)}, command=f"deepspeed {gpus}YOUR_SCRIPT.py --deepspeed {FILE}")
 
 
 def zero(chosen: ChosenMethod) -> dict[str, Any]:

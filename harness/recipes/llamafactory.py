@@ -31,7 +31,7 @@ def llamafactory_recipe(chosen: ChosenMethod) -> Recipe | None:
         "template": "default",
         "cutoff_len": job.seq_len,
         "per_device_train_batch_size": job.batch_size,
-        "gradient_accumulation_steps": job.accumulation,
+        "gradient_accumulation_steps": chosen.accumulation,
         "disable_gradient_checkpointing": not chosen.recomputes,
         "learning_rate": chosen.settings.learning_rate,
         "lr_scheduler_type": chosen.schedule,

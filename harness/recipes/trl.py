@@ -28,7 +28,7 @@ def trl_recipe(chosen: ChosenMethod) -> Recipe | None:
         **_data(chosen),
         "max_length": job.seq_len,
         "per_device_train_batch_size": job.batch_size,
-        "gradient_accumulation_steps": job.accumulation,
+        "gradient_accumulation_steps": chosen.accumulation,
         "gradient_checkpointing": chosen.recomputes,
         "learning_rate": chosen.settings.learning_rate,
         "lr_scheduler_type": chosen.schedule,
@@ -45,7 +45,8 @@ def trl_recipe(chosen: ChosenMethod) -> Recipe | None:
     files = {FILE: as_yaml(values, SOURCE, chosen)}
     if "deepspeed" in own:
         files[deepspeed.FILE] = deepspeed.for_trainer(chosen)
-    return Recipe(files=files, command=f"trl sft --config {FILE}")
+    processes = "" if chosen.processes == 1 else f" --num_processes {chosen.processes}"
+    return Recipe(files=files, command=f"trl sft --config {FILE}{processes}")
 
 
 def _data(chosen: ChosenMethod) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from engines import entry
 from engines.errors import UserError
+from engines.files.reading import exists
 from harness.data.examples import examples_of
 from harness.models.configs import NAMED_SHAPES, load_config
 from harness.recipes.axolotl import axolotl_recipe
@@ -53,14 +55,29 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
     save_job(job, folder / JOB_FILE)
     lines = [f"here: lspzo-bench run --engine {best} --job {shlex.quote(str(folder / JOB_FILE))}"]
     lines += _stand_ins(job)
-    recipe = recipe_of(answer, plan, stack)
+    recipe = recipe_of(answer, plan, stack, folder)
     if recipe is None:
         lines.append(_why_none(answer, plan, stack))
     else:
         for name, text in recipe.files.items():
             write_whole(folder / name, text)
         lines.append(f"{stack}, in {folder}: {recipe.command}")
+        lines += _of_processes(job, stack)
     return Written(folder, tuple(lines))
+
+
+def _of_processes(job: Job, stack: Stack) -> list[str]:
+    """Where there are several: how their programs count micro-batches."""
+    processes = job.limits.gpus * job.limits.nodes
+    if processes == 1:
+        return []
+    each = -(-job.accumulation // processes)
+    where = f", {job.limits.gpus} on each of {job.limits.nodes} machines" if job.limits.nodes > 1 else ""
+    together = "" if each * processes == job.accumulation else f", {each * processes} together"
+    return [
+        f"note: the files for {stack} are of {processes} processes{where}, one for each GPU: {each} of "
+        f"--accumulation {job.accumulation} for each{together}"
+    ]
 
 
 def _stand_ins(job: Job) -> list[str]:
@@ -73,13 +90,15 @@ def _stand_ins(job: Job) -> list[str]:
     return [f"note: {JOB_FILE} trains on " + " and ".join(found)] if found else []
 
 
-def recipe_of(answer: Recommendation, plan: Plan, stack: Stack) -> Recipe | None:
-    """`None`: that program does not have the method, or not for such a model."""
+def recipe_of(answer: Recommendation, plan: Plan, stack: Stack, folder: Path | None = None) -> Recipe | None:
+    """For the program as it is started in `folder`. `None`: that program does not have the method, or not for
+    such a model."""
     method = entry(plan.engine).elsewhere
     if method is None or (answer.model.head != "causal_lm" and stack != "deepspeed"):
         return None
-    job = answer.job
-    named = NAMED_SHAPES.get(job.model.name)
+    named = NAMED_SHAPES.get(answer.job.model.name)
+    kind = _kind(answer.job)
+    job = _seen_from(answer.job, folder)
     return STACKS[stack](
         ChosenMethod(
             engine=plan.engine,
@@ -87,10 +106,23 @@ def recipe_of(answer: Recommendation, plan: Plan, stack: Stack) -> Recipe | None
             job=job,
             settings=plan.settings.typed,
             checkpoint=job.model.name if named is None else named.hub_id or job.model.name,
-            data_kind=_kind(job),
+            data_kind=kind,
             steps=None if answer.amount is None else answer.amount.steps,
         )
     )
+
+
+def _seen_from(job: Job, folder: Path | None) -> Job:
+    """With paths of data and model that begin here told from `folder`, where the program runs."""
+
+    def told(name: str) -> str:
+        path = Path(name)
+        if folder is None or path.is_absolute() or not exists(path):
+            return name
+        return os.path.relpath(path, folder)
+
+    data = replace(job.data, train=told(job.data.train))
+    return replace(job, data=data, model=replace(job.model, name=told(job.model.name)))
 
 
 def _job(answer: Recommendation, plan: Plan) -> Job:

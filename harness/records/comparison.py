@@ -69,12 +69,12 @@ def beside_native(rounds: Rounds, native: Rounds) -> Comparison | None:
     """`rounds` beside native; `None` where it is native itself, or a side was not measured."""
     if rounds.engine == YARDSTICK:
         return None
-    found = ratio(rounds.step_times, native.step_times)
+    found = ratio(rounds.lasting_step_times, native.lasting_step_times)
     if found is None:
         return None
     reasons = [reason for run in native.ok if (reason := not_at_its_best(run)) is not None]
     not_at_best = reasons[0] if reasons else None
-    answer = _WORDS[same_or_different(rounds.step_times, native.step_times)]
+    answer = _WORDS[same_or_different(rounds.lasting_step_times, native.lasting_step_times)]
     why: WhyUndecided | None = None
     if any(run.emulation is not None for run in rounds.ok):
         why = "emulated"

@@ -164,6 +164,13 @@ class Predicted:
     rare_every: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """One step in so many takes `rare_s` beside, the first among them; `None`: all steps are alike."""
 
+    @property
+    def lasting_step_s(self) -> float | None:
+        """On average in a long job, with its part of that."""
+        if self.step_s is None or self.rare_s is None or self.rare_every is None:
+            return self.step_s
+        return self.step_s + self.rare_s / self.rare_every
+
     def rare_job_s(self, steps: float) -> float:
         """What is done now and then takes so much in a job of `steps`."""
         return rare_work_s(self.rare_s, self.rare_every, steps)
@@ -324,6 +331,9 @@ def load_run(path: Path, scenario: ScenarioName = "train") -> Run:
     if run.scenario != scenario:
         why = f"is a {_RECORDS[run.scenario]}, not a {_RECORDS[scenario]}"
         raise UserError(str(path), why, "move it to the folder of its kind")
+    for name in ("batch_size", "seq_len"):
+        if not isinstance(run.job.get(name), int):
+            raise UserError(str(path), f"its job says no {name}", "take the record as it was written")
     return run
 
 

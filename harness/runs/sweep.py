@@ -26,6 +26,7 @@ from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep_folder import (
     check_emulation,
     check_folder,
+    check_job,
     check_same_machine,
     find_records,
     resumed,
@@ -208,6 +209,7 @@ def _cells(
     cannot hold it."""
     if check_folder(out, resume=options.resume):
         job, plans = resumed(job, plans, out)
+        check_job(job, out)
     check_emulation(options.emulated, out)
     return job, plans, grid(job, plans, options.rounds, options.emulated)
 

@@ -14,12 +14,12 @@ from typing import Any
 from engines.errors import UserError
 from engines.files.reading import MOST_SETTINGS_BYTES, exists, parse_toml, read_bytes, read_text
 from engines.files.writing import is_leftover
-from harness.records.job import JOB_FILE, Job, load_job, save_job
+from harness.records.job import JOB_FILE, Job, load_job, make_job, save_job
 from harness.records.manifest import CRITERIA_FILE, PLANS_FILE
 from harness.records.run import Environment, Run, load_run
 from harness.records.settings import typed_settings
 from harness.records.shape import MODEL
-from harness.records.shared import shared_plan
+from harness.records.shared import shared_job, shared_plan
 from harness.records.upgrades import UPGRADES
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
@@ -198,6 +198,32 @@ def check_emulation(emulated: Emulated | None, out: Path) -> None:
                 f"its runs are of another machine (was {before}, is now {now})",
                 "go on with the same --emulate, or name another --out",
             )
+
+
+def check_job(job: Job, out: Path) -> None:
+    """Raises `UserError` if runs in `out` are of another job than `job`, which its job.toml says: that has
+    been edited, and new runs could not be reported beside the old. Settings are told by plans."""
+    now = _what_reports_compare(shared_job(job))
+    for path in sorted((out / "runs").glob("*.json")):
+        try:
+            run = load_run(path)
+            before = _what_reports_compare(make_job(run.job, str(path)))
+        except UserError:
+            continue  # spoken of where the records are read
+        changed = _first_difference(before, now)
+        if changed is not None:
+            field, was, is_now = changed
+            raise UserError(
+                f"--resume {out}",
+                f"its job.toml is not the job of its runs: '{field}' was {was}, is now {is_now}",
+                "put the earlier value back, or name another --out",
+            )
+
+
+def _what_reports_compare(job: Job) -> dict[str, Any]:
+    values = dumped_job(replace(job, settings={}, seed=0))
+    values["limits"] = {name: each for name, each in values["limits"].items() if name != "timeout_s"}
+    return values
 
 
 def _first_difference(before: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:

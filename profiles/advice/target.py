@@ -52,12 +52,14 @@ def parse_target(text: str) -> Target:
     return Target(hours=hours)
 
 
-def answers(machines: Mapping[str, Machine], job: JobToPlan, target: Target) -> tuple[TargetAnswer, ...]:
-    """One for each machine, the least first. The user's own limits do not hold there."""
-    job = replace(job, vram_bytes=None, host_bytes=None)
+def answers(
+    machines: Mapping[str, Machine], job: JobToPlan, target: Target, own: Machine | None = None
+) -> tuple[TargetAnswer, ...]:
+    """One for each machine, the least first. The user's limits hold on `own`, and on no other."""
+    elsewhere = replace(job, vram_bytes=None, host_bytes=None)
     found = []
     for name, machine in sorted(machines.items(), key=lambda each: machine_size(each[1])):
-        seen = outlook(name, machine, job)
+        seen = outlook(name, machine, job if machine == own else elsewhere)
         found.append(
             TargetAnswer(outlook=seen, first=_meets(seen.first, target), zeroth=_meets(seen.zeroth, target))
         )

@@ -47,13 +47,35 @@ class WhatIf:
     """Methods that fit then and do not now."""
 
 
+def held(machine: Machine, job: JobToPlan) -> Machine:
+    """`machine` with no more memory than the job's limits leave it: what is bought comes on top of that."""
+    memory, gpu = machine.memory, machine.gpu
+    if job.host_bytes is not None:
+        memory = replace(
+            memory,
+            total_bytes=min(memory.total_bytes, job.host_bytes),
+            available_bytes=min(memory.available_bytes, job.host_bytes),
+        )
+    if job.vram_bytes is not None and gpu is not None:
+        gpu = replace(
+            gpu,
+            total_bytes=min(gpu.total_bytes, job.vram_bytes),
+            free_bytes=min(gpu.free_bytes, job.vram_bytes),
+        )
+    return replace(machine, memory=memory, gpu=gpu)
+
+
+LARGER = 1.1
+"""Of a card's memory over what is there, from which it counts as a larger one."""
+
+
 def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
     """One thing changed in each; what it is changed to is a size that can be bought, or twice as much."""
     found: list[Upgrade] = []
     gpu, link, memory, cpu = machine.gpu, machine.link, machine.memory, machine.cpu
     if gpu is not None:
         free = gpu.free_bytes / gpu.total_bytes
-        for gib in [each for each in CARD_GIB if each * 2**30 > 1.02 * gpu.total_bytes][:2]:
+        for gib in [each for each in CARD_GIB if each * 2**30 > LARGER * gpu.total_bytes][:2]:
             total = gib * 2**30
             larger = replace(gpu, total_bytes=total, free_bytes=int(free * total))
             name = words.upgrade_vram(gpu.total_bytes, total)
@@ -136,7 +158,7 @@ def what_if(
     added may lie idle, so no upgrade is worse."""
     replaced = [Upgrade(name=name, machine=each, lifts=LIMITS) for name, each in others.items()]
     return (
-        *(_row(now, each, job, may_lie_idle=True) for each in upgrades(machine)),
+        *(_row(now, each, job, may_lie_idle=True) for each in upgrades(held(machine, job))),
         *(_row(now, each, job) for each in replaced),
     )
 
@@ -155,7 +177,10 @@ def steps_with_upgrades(machine: Machine, job: JobToPlan) -> tuple[StepsOn, ...]
     """The machine as it is, then every single upgrade of it."""
     return (
         _steps_on("", machine, job),
-        *(_steps_on(each.name, each.machine, _with_upgrade(job, each)) for each in upgrades(machine)),
+        *(
+            _steps_on(each.name, each.machine, _with_upgrade(job, each))
+            for each in upgrades(held(machine, job))
+        ),
     )
 
 

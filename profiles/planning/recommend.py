@@ -193,7 +193,22 @@ def _scaling(
         f"on {context.ranks} GPUs a step is {alone_s / step_s:.2f} times as fast as on one "
         f"({format_seconds(alone_s)}): strong scaling {alone_s / step_s / context.ranks:.0%}, weak "
         f"{part_s / step_s:.0%}",
+        *_unlike(plan, whole),
     )
+
+
+OF_THE_RESULT = ("d", "r", "moments")
+"""Settings that planners choose and that change what a step comes to."""
+
+
+def _unlike(plan: Plan, alone: Plan) -> tuple[str, ...]:
+    """That the step on one GPU has another result."""
+    others = [
+        f"{name}={alone.settings.get(name)}"
+        for name in OF_THE_RESULT
+        if alone.settings.get(name) != plan.settings.get(name)
+    ]
+    return (f"on one GPU it is another step, with {', '.join(others)}",) if others else ()
 
 
 def _supposed_between_gpus(plan: Plan, context: PlanningContext) -> tuple[str, ...]:

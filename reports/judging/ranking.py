@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
-from harness.records.stats import SAME_FACTOR, over_runs, ratio
+from harness.records.stats import SAME_FACTOR, disturbed, over_runs, ratio
 from reports.judging.stated import gpu_peak, host_peak, step_s
 from reports.metrics import Measurements, heldout_loss, is_emulated
 
@@ -59,8 +59,11 @@ def beats(one: str, other: str, all_: Measurements) -> bool:
 
 
 def is_faster(one: str, other: str, all_: Measurements) -> bool:
-    """In a step of a long job, beyond what the runs of either leave open."""
+    """In a step of a long job, beyond what the runs of either leave open. Of a method whose runs disagree by
+    far that cannot be told."""
     mine, others = all_.of(one), all_.of(other)
+    if disturbed(mine) or disturbed(others):
+        return False
     if not is_emulated(mine) and not is_emulated(others):
         found = ratio(mine.lasting_step_times, others.lasting_step_times)
         return found is not None and found.high < 1

@@ -11,7 +11,7 @@ from harness.records.memory_limits import (
     imposed_gpu_bytes,
     imposed_host_bytes,
 )
-from harness.records.stats import Rounds, disturbed
+from harness.records.stats import Rounds, disturbed, ratio
 from profiles.language import translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
@@ -115,9 +115,19 @@ def _of_less_training(verdict: Verdict, all_: Measurements) -> Iterator[str]:
             if mine and others:
                 yield say(
                     "verdict.trains_less", engine=engine, trains=translated(entry(engine).trains),
-                    ratio=times(mine / others), method=method, memory=_taken(engine, all_)["memory"],
+                    ratio=_ratio_text(engine, method, mine / others, all_), method=method,
+                    memory=_taken(engine, all_)["memory"],
                 )  # fmt: skip
             return
+
+
+def _ratio_text(engine: str, method: str, value: float, all_: Measurements) -> str:
+    """`value`; of two runs, which have no median, what they allow."""
+    both = all_.of(engine), all_.of(method)
+    found = ratio(*(rounds.lasting_step_times for rounds in both))
+    if found is None or found.is_interval or any(map(is_emulated, both)):
+        return times(value)
+    return span(times(found.low), times(found.high))
 
 
 def _taken(engine: str, all_: Measurements) -> dict[str, str]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.errors import UserError
+from harness.records.comparison import beside_native
 from harness.records.run import EndState, Run
 from reports.criteria import (
     ANY_METHOD,
@@ -26,7 +27,7 @@ from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fa
 from reports.judging import stated
 from reports.judging.ranking import Standing, beaten_by, beats, is_faster, quality
 from reports.judging.untried import Untried, to_try
-from reports.metrics import group
+from reports.metrics import find, group
 from reports.tables import rare_notes
 from run_records import (
     emulated_run,
@@ -513,6 +514,18 @@ def test_the_same_memory_is_not_less_and_beats_nobody() -> None:
     assert beats("lora", "exact-offload", group([*smaller, *runs[1::2]], make_machine()))
 
 
+def test_of_runs_that_disagree_by_far_nobody_says_which_is_faster() -> None:
+    """As the risks say of them; however far the other method is."""
+    steps = [("lora", 1.0), ("lora", 2.0), ("exact-offload", 9.0), ("exact-offload", 9.0)]
+    runs = [
+        make_run(engine, job=REAL, round=number % 2 + 1, step_s=scaled(step_s), peak_gpu_reserved_bytes=size,
+                 eval_loss_first=2.0, eval_loss_last=1.0)
+        for number, (engine, step_s) in enumerate(steps) for size in (2**29 if engine == "lora" else 2**30,)
+    ]  # fmt: skip
+    assert not is_faster("lora", "exact-offload", group(runs, make_machine()))
+    assert is_faster("lora", "exact-offload", group(runs[1:], make_machine()))
+
+
 def test_a_method_with_a_worse_verdict_beats_nobody() -> None:
     """However fast and small it is, and however well it learns."""
     runs = [
@@ -553,6 +566,18 @@ def test_what_no_median_shows_counts_where_methods_are_ranked_and_in_the_headlin
     assert verdict.method == "backward-optimizer"
     assert all(each.beaten_by is None for each in verdict.methods)
     assert stated.job_s("galore", all_, 100).value == pytest.approx(200.0)
+    beside = group(
+        [*runs, *(make_run("native", round=each, step_s=(1.0,) * 8) for each in (1, 2, 3))], make_machine()
+    )
+    ratio = find("step_time_ratio", "galore", beside)
+    expected = beside.of("galore").runs[0].predicted
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
+    assert expected is not None
+    assert expected.step_s is not None
+    assert ratio.predicted == pytest.approx((expected.step_s + 10.0) / expected.step_s)
+    compared = beside_native(beside.of("galore"), beside.of("native"))
+    assert compared is not None
+    assert (compared.answer, compared.ratio) == ("slower", 2.0)
     (note,) = rare_notes(all_)
     assert "One step in 4 of galore takes 4.00 s more" in note
     assert "2.00 s on average" in note

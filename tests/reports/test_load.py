@@ -62,9 +62,7 @@ def test_broken_files_become_lines(tmp_path: Path) -> None:
     (runs / "half.json").write_text('{"schema_version": 1, "id": "ha')
     (runs / "future.json").write_text(json.dumps(good | {"schema_version": 99}))
     (runs / "copy.json").write_text(json.dumps(good))
-    (runs / "job.json").write_text(
-        json.dumps(good | {"id": "other", "job": {"model": {"name": "x"}, "steps": -1}})
-    )
+    (runs / "job.json").write_text(json.dumps(good | {"id": "other", "job": good["job"] | {"steps": -1}}))
     (runs / "nan.json").write_text(
         json.dumps(
             good | {"id": "n", "samples": [{"step": 0, "warmup": False, "step_s": float("nan"), "loss": 1.0}]}

@@ -35,6 +35,13 @@ HIDDEN_STATES: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
 """In the order in which they are tried."""
 
 FEWEST_GRADIENT_BLOCKS = 2
+
+ENDURED_BYTES = 600e12
+"""What makers of drives of 1 TB for workstations commonly warrant to be written, over the drive's life."""
+
+FAST_DISK_BYTES_PER_S = 7e9
+"""About the most that one such drive reads, on four lanes of PCIe 4; none writes faster."""
+
 TRIED = ("moments", "weights", "outer", "hidden_states", "gradient_blocks")
 
 WAYS_OUT = (
@@ -114,20 +121,31 @@ def _why(
 
 
 def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[str]:
-    """What a step reads and writes there, if anything."""
+    """What a step reads and writes there, if anything, how long a drive stands that, and what it takes at the
+    least where the machine's was not measured."""
     cost = context.cost(settings)
+    if not cost.disk_bytes:
+        return []
     read = format_bytes(cost.disk_bytes)
     if settings.disk_weights:
-        return [
+        told = [
             f"disk: {read} are read and {format_bytes(cost.disk_write_bytes)} written in each step, where "
             "disk_folder says; weights come from there, too"
         ]
-    if cost.disk_bytes:
-        return [
+    else:
+        told = [
             f"disk: {read} are read and written in each step, where disk_folder says; "
             "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
         ]
-    return []
+    steps = ENDURED_BYTES / cost.disk_write_bytes
+    told.append(f"disk: {steps:,.0f} such steps write 600 TB, for which a drive of 1 TB is commonly made")
+    if context.machine.disk is None:
+        least_s = (cost.disk_bytes + cost.disk_write_bytes) / FAST_DISK_BYTES_PER_S
+        told.append(
+            "disk: no rate of this machine's is known; at 7 GB/s that alone takes "
+            f"{format_seconds(least_s)} a step"
+        )
+    return told
 
 
 def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> str:

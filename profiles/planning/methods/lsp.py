@@ -12,7 +12,7 @@ from engines.costs.lsp import compresses, core_elements, core_size
 from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
-from profiles.planning.budget import gpu_bytes_needed, why_missing
+from profiles.planning.budget import gpu_bytes_needed, shortages, why_missing
 from profiles.planning.context import BESIDE_GPU, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
 from profiles.planning.moments import faster_moments
@@ -105,6 +105,10 @@ def _recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     return Choice(given.completed(**more), found.reasons)
 
 
+def _missing_bytes(context: PlanningContext, settings: LspSettings) -> int:
+    return sum(each.missing_bytes for each in shortages(context.cost(settings), context.budget))
+
+
 def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
     """`weights`, where nothing says where they are."""
     settings: LspSettings = given.completed(graphs=False).typed
@@ -122,8 +126,11 @@ def _weights(context: PlanningContext, given: GivenSettings) -> Choice:
     if missing is None or not settings.offload or not is_gpu_small or asks_for_graphs:
         return Choice(given)
     kept = context.why_missing(streamed)
-    if kept is not None and gpu_bytes_needed(context.cost(streamed), context.budget) <= (gpu_bytes or 0):
-        return Choice(given)  # another memory is too small, with them there all the more
+    # Where another memory is too small, it is with them there all the more: what lacks less is told.
+    streamed_fits_gpu = gpu_bytes_needed(context.cost(streamed), context.budget) <= (gpu_bytes or 0)
+    lacks_less = _missing_bytes(context, settings) <= _missing_bytes(context, streamed)
+    if kept is not None and streamed_fits_gpu and lacks_less:
+        return Choice(given)
     return Choice(given.completed(weights="streamed"), (f"weights=streamed: without it the job {missing}",))
 
 

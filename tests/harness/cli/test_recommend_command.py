@@ -107,6 +107,10 @@ def test_a_target_is_answered_backwards() -> None:
     assert "Machines of the catalogue for 70b, the least first" in told
     zeroth = said(*on_a_card[:4], "--engines", "zo2", "--target", "model=70b")
     assert re.search(r"the least machine that does it is [\w-]+, by zo2, with a part of it on disk\.", zeroth)
+    limited = CliRunner().invoke(
+        app, ["recommend", *on_a_card, "--target", "model=70b", "--host-memory", "64GB"]
+    )
+    assert "others of the catalogue have all of theirs" in limited.stderr
     hours = said(*on_a_card, "--target", "hours=8", "--examples", "100000")
     assert "the least machine that does it is" in hours
 

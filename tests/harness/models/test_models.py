@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -488,6 +489,38 @@ def test_other_checkpoints_go_the_way_of_transformers(change: str, tmp_path: Pat
             assert torch.equal(value, tensors[path])
         return
     assert stored() is None
+
+
+@pytest.mark.parametrize("dtypes", ["one", "two"])
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-llama", "tiny-roberta"])
+def test_blocks_that_the_configuration_leaves_out_are_refused(name: str, dtypes: str, tmp_path: Path) -> None:
+    """Read by us, and by transformers (a file of two precisions); other heads and old buffers are let be."""
+    source = Path(exported(tmp_path / "model", name))
+    (source / SUMS).unlink()
+    file, config = source / "model.safetensors", json.loads((source / "config.json").read_text())
+    tensors = load_file(file)
+    if dtypes == "two":
+        first = next(iter(tensors))
+        tensors[first] = tensors[first].to(torch.float16)
+    block = next(key for key in tensors if ".0." in key).split(".0.")[0] + ".0."
+    harmless = {
+        f"{block}attn.inv_freq": torch.zeros(4),
+        f"{block}attn.masked_bias": torch.zeros(1),
+        "score.weight": torch.zeros(2, 4),
+    }
+    save_file({**tensors, **harmless}, file, {"format": "pt"})
+    blueprint_of(str(source), random_weights=False)
+    save_file({**tensors, **harmless, f"{block}mlp.extra.weight": torch.zeros(3)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"that config.json does not make \(1, .*extra"):
+        blueprint_of(str(source), random_weights=False)
+    save_file(tensors, file, {"format": "pt"})
+    blocks = len({re.search(r"\.(\d+)\.", key)[1] for key in tensors if re.search(r"\.(\d+)\.", key)})  # type: ignore[index]
+    config["num_hidden_layers"] = blocks - 1
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"tensors of blocks .*\.{blocks - 1}\.") as caught:
+        blueprint_of(str(source), random_weights=False)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(source), "")) < 200
 
 
 def test_a_checkpoint_that_shrinks_under_the_run_is_one_line(tmp_path: Path) -> None:

@@ -94,6 +94,35 @@ def test_data_files_are_told_in_each_programs_way(tmp_path: Path) -> None:
     assert (listed["file_name"], listed["formatting"]) == (str(data), "sharegpt")
 
 
+def test_a_path_from_here_is_told_from_where_the_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lines.jsonl").write_text(20 * (json.dumps({"text": "some words"}) + "\n"), encoding="utf-8")
+    Path("out").mkdir()
+    write_recipe(answer(("lora",), data={"train": "lines.jsonl"}), "trl", Path("out"))
+    (told,) = keys(Path("out", "trl.yaml").read_text(encoding="utf-8"))["datasets"]
+    assert Path("out", told["data_files"]).resolve() == tmp_path / "lines.jsonl"
+    assert load_job(Path("out", "job.toml")).data.train == "lines.jsonl"
+
+
+@pytest.mark.parametrize("stack", ["trl", "axolotl", "llamafactory", "deepspeed"])
+def test_of_several_gpus_each_has_its_part_of_the_micro_batches(stack: Stack, tmp_path: Path) -> None:
+    """As other programs count them: of each process. Ours are those of all."""
+    for accumulation, each, more in ((8, 4, ""), (3, 2, ", 4 together")):
+        found = answer(("native",), accumulation=accumulation, limits={"gpus": 2})
+        written = write_recipe(found, stack, tmp_path / str(accumulation))
+        (name,) = [name for name in (f"{stack}.yaml", f"{stack}.json") if (written.folder / name).exists()]
+        text = (written.folder / name).read_text(encoding="utf-8")
+        told = json.loads(text) if name.endswith("json") else keys(text)
+        assert told["gradient_accumulation_steps"] == each
+        assert written.lines[-1].endswith(f"{each} of --accumulation {accumulation} for each{more}")
+        assert load_job(written.folder / "job.toml").accumulation == accumulation
+    if stack in ("trl", "deepspeed"):
+        (command,) = [line for line in written.lines if line.startswith(f"{stack}, in ")]
+        assert ("--num_processes 2" if stack == "trl" else "--num_gpus 2") in command
+
+
 def test_ours_is_always_written_and_what_the_program_lacks_is_said(tmp_path: Path) -> None:
     written = write_recipe(answer(("zo2", "lora")), "axolotl", tmp_path / "one")
     assert (written.folder / "axolotl.yaml").exists()

@@ -45,6 +45,14 @@ def test_a_run_of_the_other_scenario_is_refused(run: Run, wanted: ScenarioName, 
         load_run(tmp_path / "run.json", wanted)
 
 
+def test_a_record_whose_job_lacks_its_batch_is_refused(tmp_path: Path) -> None:
+    run = make_run()
+    path = tmp_path / "run.json"
+    save_run(replace(run, job={name: value for name, value in run.job.items() if name != "batch_size"}), path)
+    with pytest.raises(UserError, match="says no batch_size"):
+        load_run(path)
+
+
 def test_tokens_of_a_step() -> None:
     """All micro-batches of an optimizer step; one of each sequence when decoding."""
     assert make_run(job=make_test_job(batch_size=3, seq_len=8, accumulation=2)).tokens_per_step == 48

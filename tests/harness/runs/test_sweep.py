@@ -232,6 +232,18 @@ def test_resume_keeps_the_plan_an_engine_had(tmp_path: Path, launched: list[str]
     assert launched == run_ids(JOB, [A, other], 2)
 
 
+def test_a_job_file_that_was_edited_is_held_against_the_runs(tmp_path: Path, launched: list[str]) -> None:
+    run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions())
+    launched.clear()
+    other = scripted_job(batch_size=2)
+    save_job(other, tmp_path / "job.toml")
+    with pytest.raises(UserError, match=r"not the job of its runs: 'batch_size' was \d+, is now 2; put"):
+        run_sweep(other, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
+    assert launched == []
+    save_job(JOB, tmp_path / "job.toml")
+    assert len(run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))) == 2
+
+
 def test_resume_refuses_another_job_and_names_the_field(tmp_path: Path, launched: list[str]) -> None:
     run_sweep(JOB, SHAPE, [A], tmp_path)
     with pytest.raises(UserError, match=r"differs in 'batch_size' \(was 1, is now 2\)"):

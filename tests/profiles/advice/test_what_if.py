@@ -16,7 +16,7 @@ from profiles.advice.explain import explained
 from profiles.advice.job_time import Rates, job_forecast
 from profiles.advice.outlook import JobToPlan, outlook
 from profiles.advice.target import Target, answers, largest_models, machine_size, parse_target
-from profiles.advice.what_if import upgrades, what_if
+from profiles.advice.what_if import held, upgrades, what_if
 from profiles.catalog import find_profile
 from profiles.planning.recommend import plan_engine
 
@@ -119,6 +119,18 @@ def test_a_larger_card_lets_more_fit() -> None:
     now = outlook("now", RTX_3090, planned)
     h200 = what_if(now, RTX_3090, planned, {"h200": find_profile(Path("h200"))})[-1]
     assert (h200.outlook.name, h200.now_fits) == ("h200", ("native",))
+
+
+def test_limits_hold_on_the_machine_planned_for_and_upgrades_begin_from_them() -> None:
+    """An RTX 4090 with 64 GB of host memory is not the catalogue's with 256."""
+    own = find_profile(Path("rtx-4090"))
+    planned = replace(job("opt-66b", ("lsp",)), host_bytes=64 * 10**9)
+    machines = {"rtx-4090": own, "another": replace(own, name="another")}
+    found = {each.outlook.name: each.first for each in answers(machines, planned, Target(), own)}
+    assert found == {"rtx-4090": "no", "another": "yes"}
+    names = [each.name for each in upgrades(held(own, replace(planned, vram_bytes=12 * 2**30)))]
+    assert "host memory 59.6 GiB to 119 GiB" in names
+    assert "GPU memory 12.0 GiB to 16.0 GiB" in names
 
 
 def test_the_least_machine_for_a_target_comes_first() -> None:

@@ -117,6 +117,13 @@ def test_exact_states_go_to_disk_where_host_memory_ends() -> None:
     one_less["gradient_blocks"] = "auto"
     assert not plan(4096, given=one_less, machine=with_disk, host_bytes=45 * GB).fits
     assert any(each.startswith("disk: ") for each in found.reasons)
+    written = 10 * count * DEEPSEEK_7B.block_parameters
+    steps = f"disk: {600e12 / written:,.0f} such steps write 600 TB"
+    assert any(each.startswith(steps) for each in found.reasons)
+    assert not any("no rate" in each for each in found.reasons)
+    slow = plan(4096, machine=replace(H200, disk=None), given={"disk_blocks": count}, host_bytes=45 * GB)
+    least = f"at 7 GB/s that alone takes {format_seconds(2 * written / 7e9)} a step"
+    assert any(each.endswith(least) for each in slow.reasons)
     # Whose room is too small is said; what the user set stays.
     small = replace(H200, disk=fast_disk(6 * GB, free_bytes=10 * GB))
     assert not plan(4096, machine=small, host_bytes=25 * GB).fits

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from settings_given import given_settings
+from settings_given import given_for_each, given_settings
 
 from engines.costs.table import traffic
 from engines.shapes import Workload
@@ -187,6 +187,18 @@ def test_downloads_are_deferred_before_blocks_go_to_a_disk_of_unknown_speed() ->
     assert two.prediction.step_s < one.prediction.step_s
     assert in_each.settings["disk_blocks"] > 0
     assert in_each.prediction.step_s is None
+
+
+def test_a_step_that_is_another_on_one_gpu_is_said() -> None:
+    workload = Workload(batch_size=1, seq_len=1024, accumulation=8)
+    machine, limit = find_profile(Path("rtx-4090")), 64 * 10**9
+    said = {}
+    for d in (None, 1536):
+        given = {} if d is None else given_for_each({"lsp": {"d": d}})
+        (found,) = recommend(machine, SHAPE, workload, ["lsp"], given, host_bytes=limit, gpus=2)
+        said[d] = [each for each in found.reasons if each.startswith("on one GPU it is another step")]
+    assert said[None] == ["on one GPU it is another step, with d=3840"]
+    assert said[1536] == []
 
 
 def test_gpus_that_bring_nothing_and_a_way_between_them_that_is_supposed_are_said() -> None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from harness.models.configs import named_shape
+from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.context import AS_FAST
@@ -230,6 +232,17 @@ def test_a_d_that_compresses_nothing_is_said() -> None:
     for d, is_said in ((2047, False), (2048, True), (5000, True)):
         (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": d}}))
         assert (said.format(d) in chosen.reasons) is is_said
+
+
+def test_lsp_is_short_of_what_it_lacks_least_of() -> None:
+    """Streamed weights lack some host memory, weights on the GPU six cards."""
+    machine, shape = find_profile(Path("rtx-4090")), named_shape("opt-66b")
+    workload = Workload(batch_size=1, seq_len=1024)
+    (found,) = recommend(machine, shape, workload, ["lsp"], {}, host_bytes=128 * 10**9)
+    assert not found.fits
+    assert found.settings["weights"] == "streamed"
+    assert "host memory" in (found.why_not or "")
+    assert "GPU memory" not in (found.why_not or "")
 
 
 def test_moments_in_bf16_are_said_and_let_a_larger_d_hide() -> None:
