@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from harness.runs import processes
 from harness.runs.memory_sampler import MemorySampler
-from harness.runs.processes import COMPILE_WORKERS, child_environment
+from harness.runs.processes import COMPILE_WORKERS, WAITS_OF_THREADS, child_environment
 
 HELD = 200_000_000
 
@@ -46,3 +47,16 @@ def test_the_compiler_starts_no_more_helpers_than_are_counted(monkeypatch: pytes
     assert 1 <= int(child_environment()["TORCHINDUCTOR_COMPILE_THREADS"]) <= COMPILE_WORKERS
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
     assert child_environment()["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
+
+
+def test_on_a_cpu_alone_threads_that_wait_spin_for_a_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user says how they wait; beside a GPU the library's own way stays."""
+    for name in WAITS_OF_THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processes, "open_device", lambda: None)
+    assert child_environment()["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert "GOMP_SPINCOUNT" not in child_environment()
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(processes, "open_device", lambda: object())
+    assert "GOMP_SPINCOUNT" not in child_environment()
