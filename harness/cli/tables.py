@@ -146,14 +146,18 @@ _WHY_UNDECIDED: dict[WhyUndecided, str] = {
 
 
 def _with_rare_work(one: Comparison, runs: Sequence[Run]) -> Iterator[str]:
-    """What the ratio of medians comes to with what one step in so many does beside, where that changes it."""
+    """That the ratio counts what one step in so many does beside, and what it is without, where that changes
+    it."""
     for run in runs:
         usual_s, rare_s, predicted = run.summary.step_s_median, rare_step_s(run), run.predicted
         if run.engine != one.engine or predicted is None or not predicted.rare_every or not usual_s:
             continue
         factor = 1 + (rare_s or 0.0) / predicted.rare_every / usual_s
         if factor >= SAME_FACTOR:
-            yield f"with what one step in {predicted.rare_every} does beside: {factor * one.ratio:.2f}x"
+            yield (
+                f"with what one step in {predicted.rare_every} does beside; of medians alone: "
+                f"{one.ratio / factor:.2f}x"
+            )
         return
 
 
