@@ -20,7 +20,7 @@ from harness.records.columns import BYTES, SECONDS, Column, Unit, table_cells, w
 from harness.records.comparison import Comparison, OtherHost, WhyUndecided, comparisons
 from harness.records.run import Run
 from harness.records.settings import published_presets
-from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, rare_step_s
+from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, rare_share_s, rare_step_s
 from harness.runs.emulate import what_is_short
 from profiles.language import translated, word
 from profiles.system.nvml import open_device
@@ -149,10 +149,10 @@ def _with_rare_work(one: Comparison, runs: Sequence[Run]) -> Iterator[str]:
     """That the ratio counts what one step in so many does beside, and what it is without, where that changes
     it."""
     for run in runs:
-        usual_s, rare_s, predicted = run.summary.step_s_median, rare_step_s(run), run.predicted
+        usual_s, predicted = run.summary.step_s_median, run.predicted
         if run.engine != one.engine or predicted is None or not predicted.rare_every or not usual_s:
             continue
-        factor = 1 + (rare_s or 0.0) / predicted.rare_every / usual_s
+        factor = 1 + rare_share_s(run) / usual_s
         if factor >= SAME_FACTOR:
             yield (
                 f"with what one step in {predicted.rare_every} does beside; of medians alone: "

@@ -43,9 +43,9 @@ WAITS_OF_THREADS = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}
 
 SHORT_SPINS = {"GOMP_SPINCOUNT": "1000"}
 """For runs on a CPU alone: a waiting thread turns so often before it sleeps. GNU's 300,000 turns are
-milliseconds in which others want the core, the thread that is waited for too: beside seven other processes
-on two cores, steps of a tiny model took up to 1 s in place of 30 ms. With nothing beside, steps take 10 %
-longer at the most."""
+milliseconds in which others want the core, the thread that is waited for too. In a trial, of which no record
+is kept, steps of a tiny model took 1 s in place of 30 ms beside seven other processes on two cores; with
+nothing beside they were within a tenth of each other."""
 
 GUARD = 'read -r groups && { read -r rest; for group in $groups; do kill -s KILL -- "-$group"; done; }'
 """Reads the process groups, then nothing until the pipe ends; then kills the groups."""
