@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from engines.costs.traffic import LayerTraffic, changed
-from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 PLAIN_ELEMENTWISE_BYTES = 45
 """GPU memory traffic of norms, activations and residuals in one forward pass of a plain block (LayerNorm,
@@ -83,10 +82,6 @@ GRAPH_LAUNCHES = 41
 """What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
 the engine's Python around them. Three hosts of H200s needed 0.6 ms for a block of OPT-125M, RoBERTa and
 GPT-2, and 15 us for an operation by the probe."""
-
-SMALL_BYTES, LARGE_BYTES, SEGMENT_BYTES, ROUND_BYTES = 1 << 20, 10 << 20, 20 << 20, 2 << 20
-"""torch's allocator (`c10/cuda/CUDACachingAllocator`): tensors up to the first share segments of their own,
-below the second they are cut from segments of the third, above that they have whole ones of the fourth."""
 
 STEP_LAUNCHES = 50
 """What nothing hides between two steps, in launches without autograd: the loss is read, the next batch goes
@@ -431,35 +426,6 @@ def saved_activation_bytes(shape: ModelShape, workload: Workload, passes: BlockP
 def backward_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:
     """Activations while the last gradients are made: those of one block, recomputed or kept."""
     return hidden_bytes(shape, workload) + block_activation_bytes(shape, workload, compiled=compiled)
-
-
-def lost_between_matrices(shape: ModelShape, dtype: Dtype) -> int:
-    """GPU memory that torch's allocator takes for the matrices of all blocks and cannot give to others:
-    tensors of 1 to 10 MiB are cut from segments of 20 MiB, larger ones have segments of whole 2 MiB. Of
-    OPT-1.3B in bf16 8 % (matrices of 8 MiB), of OPT-350M nothing (2 and 8 MiB)."""
-    sizes = [matrix.parameters * BYTES_PER_ELEMENT[dtype] for matrix in shape.matrices]
-    return _segments_of(tuple(sizes), shape.num_blocks) - shape.num_blocks * sum(sizes)
-
-
-@cache
-def _segments_of(sizes: tuple[int, ...], times: int) -> int:
-    """Bytes of the segments that torch's allocator takes for tensors of these sizes, so many times over, each
-    in the smallest place that is free and large enough."""
-    taken = 0
-    free: list[int] = []
-    for size in times * sizes:
-        if size <= SMALL_BYTES:
-            taken += size
-            continue
-        place = min((each for each in free if each >= size), default=0)
-        if place:
-            free.remove(place)
-        else:
-            place = SEGMENT_BYTES if size < LARGE_BYTES else -(-size // ROUND_BYTES) * ROUND_BYTES
-            taken += place
-        if place - size > SMALL_BYTES:
-            free.append(place - size)
-    return taken
 
 
 def wide_gradient_bytes(shape: ModelShape, workload: Workload) -> int:

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from engines.costs.native import lost_between_matrices
 from engines.costs.table import traffic
 from engines.costs.transformer import (
     attention_longer_flops,
-    lost_between_matrices,
     num_biases,
     num_tensors,
 )
