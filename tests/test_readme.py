@@ -34,7 +34,12 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("engines", "harness", "profiles", "reports", "tests")
 PAGES = {
     path: path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS), ROOT / "CONTRIBUTING.md")
+    for path in (
+        ROOT / "README.md",
+        *(ROOT / room / "README.md" for room in ROOMS),
+        ROOT / "reports" / "FINDINGS.md",
+        ROOT / "CONTRIBUTING.md",
+    )
 }
 README = "\n".join(PAGES.values())
 FENCED = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -219,9 +224,9 @@ PREDICTED = re.compile(
 )
 
 
-def test_what_is_predicted_today_for_published_runs_is_what_the_readme_says() -> None:
+def test_what_is_predicted_today_for_published_runs_is_what_the_findings_say() -> None:
     """To two hundredths; how many steps there are exactly."""
-    found = PREDICTED.search(" ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
+    found = PREDICTED.search(" ".join((ROOT / "reports" / "FINDINGS.md").read_text(encoding="utf-8").split()))
     assert found is not None
     least, most, middle, steps, *apart = map(float, found.groups())
     today = sorted(ratio for folder in FOLDERS for ratio in ratios(folder).values())
@@ -236,9 +241,10 @@ def test_what_is_predicted_today_for_published_runs_is_what_the_readme_says() ->
 COMPRESSION = re.compile(r"Compression pays in steps of less than some (\d+) to (\d+) thousand tokens")
 
 
-def test_the_tokens_below_which_compression_pays_are_what_is_predicted() -> None:
+@pytest.mark.parametrize("page", ["README.md", "reports/FINDINGS.md"])
+def test_the_tokens_below_which_compression_pays_are_what_is_predicted(page: str) -> None:
     """To the nearest thousand; of both models, in steps of one micro-batch and of eight."""
-    found = COMPRESSION.search(" ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
+    found = COMPRESSION.search(" ".join((ROOT / page).read_text(encoding="utf-8").split()))
     assert found is not None
     folder = ROOT / "reports" / "results" / "deepseek-coder-1.3b-exact-offload_h200_20261130"
     job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
