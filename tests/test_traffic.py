@@ -14,8 +14,8 @@ import pytest
 
 from engines import load_engine
 from engines.base import Blueprint, Context, StepStats
+from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import Traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, Workload
 from engines.transfer import pinned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic, changed
 from engines.settings.libraries import LoraSettings, QloraSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 

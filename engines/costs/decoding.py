@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engines.costs import disk, transformer
+from engines.costs import transformer
 from engines.costs.mezo import adapter_parameters
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import LayerTraffic, Traffic, changed
+from engines.costs.resources import disk
+from engines.costs.resources.traffic import LayerTraffic, Traffic, changed
 from engines.costs.zo2 import disk_indices, resident_indices, ring_bytes
 from engines.settings.zeroth_order import Base, MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload

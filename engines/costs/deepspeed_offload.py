@@ -12,7 +12,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.fsdp2_offload import BLOCKS_UP
 from engines.costs.native import training_memory
-from engines.costs.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic, changed
 from engines.settings.libraries import DeepspeedSettings, ZenflowSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 

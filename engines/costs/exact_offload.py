@@ -32,10 +32,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.lsp import NORM_BYTES
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
-from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, Traffic, changed
+from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, Traffic, changed
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -97,8 +97,8 @@ def few_gradient_blocks(num_blocks: int) -> int:
 
     A forward pass is a quarter to a third of a step, and the CPU needs as many blocks' gradients to have work
     meanwhile: those of the last blocks, whose weights are needed last. Where the CPU decides, backward waits
-    for room, and there is nothing left to do then (`engines.costs.overlap.held_back_s`): 291 ms a step for
-    245 at deepseek-coder 1.3B, 8 of 24 blocks, on an H200.
+    for room, and there is nothing left to do then (`held_back_s` of `engines.costs.resources.overlap`): 291
+    ms a step for 245 at deepseek-coder 1.3B, 8 of 24 blocks, on an H200.
     """
     return min(num_blocks, max(LEAST_GRADIENT_BLOCKS, -(-num_blocks // 3)))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import training_memory
+from engines.costs.resources.traffic import Traffic, changed
 from engines.costs.torchao_offload import pinned_copy_bytes
-from engines.costs.traffic import Traffic, changed
 from engines.settings.libraries import Fsdp2OffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 

@@ -22,7 +22,7 @@ from engines.costs.native import (
     block_passes,
     workspaces,
 )
-from engines.costs.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic, changed
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engines.costs import transformer
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import GpuMemory, LayerTraffic, Traffic, changed
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic, changed
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 

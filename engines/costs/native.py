@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from engines.costs import transformer
-from engines.costs.traffic import DividedWeights, GpuMemory, Traffic, changed
+from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,

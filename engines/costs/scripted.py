@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.settings.scripted import ScriptedSettings
 from engines.shapes import ModelShape, Workload
 

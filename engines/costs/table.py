@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from engines import entry, load_target
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.costs.transformer import COMPILER_HOST_BYTES
 from engines.shapes import ModelShape, Workload
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import training_memory
-from engines.costs.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic, changed
 from engines.settings.first_order import TorchaoOffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 

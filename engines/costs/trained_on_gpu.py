@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.traffic import LayerTraffic, RareWork, Traffic, changed
+from engines.costs.resources.traffic import LayerTraffic, RareWork, Traffic, changed
 from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.costs.traffic import LayerTraffic, changed
+from engines.costs.resources.traffic import LayerTraffic, changed
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 PLAIN_ELEMENTWISE_BYTES = 45

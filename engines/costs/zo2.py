@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from engines.costs import disk, transformer
+from engines.costs import transformer
 from engines.costs.mezo import (
     STORED_IN_TILES,
     ParameterWork,
@@ -28,7 +28,8 @@ from engines.costs.mezo import (
     trains_block,
 )
 from engines.costs.quantized import block_bytes
-from engines.costs.traffic import LayerTraffic, Traffic, changed
+from engines.costs.resources import disk
+from engines.costs.resources.traffic import LayerTraffic, Traffic, changed
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload

@@ -28,7 +28,7 @@ from time import sleep
 
 from torch import Tensor, uint8
 
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.errors import UserError
 from engines.offload.direct_io import FileSpan
 from engines.offload.disk_chunks import ByteRange, DiskChunk, cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, RawFile
 
 

@@ -24,7 +24,7 @@ from time import sleep
 import torch
 from torch import Tensor
 
-from engines.costs.disk import CHUNK_BYTES, STATE_PLACES
+from engines.costs.resources.disk import CHUNK_BYTES, STATE_PLACES
 from engines.errors import InfeasiblePlan, UserError
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, make_file
 from engines.offload.reader_thread import ReaderThread, ReadJob

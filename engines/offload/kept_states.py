@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engines.costs.disk import WEIGHT_PLACES
+from engines.costs.resources.disk import WEIGHT_PLACES
 from engines.cpu_updates.block_state import BlockStates
 from engines.cpu_updates.chunks import ChunkUpdate
 from engines.cpu_updates.pipeline import UpdatePipeline

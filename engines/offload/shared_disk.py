@@ -41,7 +41,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.cpu_updates.rank_numbers import RankNumbers
 from engines.errors import PeerLost
 from engines.offload import shared_files

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint
-from engines.costs.disk import WEIGHT_PLACES
 from engines.costs.lsp import WEIGHT_SLOTS
+from engines.costs.resources.disk import WEIGHT_PLACES
 from engines.model.blocks import find_blocks
 from engines.model.flat_layout import BlockLayout
 from engines.offload.block_slots import BlockSlots

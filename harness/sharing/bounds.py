@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import Traffic
 from engines.errors import UserError
 from engines.settings.parse import parse_recorded
 from engines.shapes import ModelShape, Workload

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from profiles.advice.job_time import JobForecast, sum_of_parts
 from profiles.planning.budget import gpu_bytes_needed
 from profiles.planning.context import PlanningContext

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.costs.disk import fewest_on_disk
-from engines.costs.traffic import Traffic
+from engines.costs.resources.disk import fewest_on_disk
+from engines.costs.resources.traffic import Traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES_WITHOUT_GPU
 from profiles.machine import Figure, Gpu, Machine
 from profiles.units import format_bytes

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from engines.costs.network import network_s
+from engines.costs.resources.network import network_s
+from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine

@@ -1,7 +1,7 @@
 """Time and memory of a step, from what it asks of a machine and what the machine can do. Pure; no torch.
 
     layer time on a resource = amount / measured rate
-    step time = the layers' times combined as the method overlaps them (`engines.costs.overlap`)
+    step time = the layers' times combined as the method overlaps them (`engines.costs.resources.overlap`)
 
 Rates are the machine's own figures (`profiles.rates`). What no probe measures is a named constant
 below with its source.
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.costs.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.resources.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Machine

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from engines import entry, load_target
 from engines.costs.mezo import num_probes
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults

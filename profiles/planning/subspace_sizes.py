@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.context import BESIDE_GPU

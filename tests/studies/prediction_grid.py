@@ -50,8 +50,8 @@ from hidden_libraries import START_CUDA, hidden  # noqa: E402
 
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.exact_offload import few_gradient_blocks  # noqa: E402
+from engines.costs.resources.traffic import Traffic  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
-from engines.costs.traffic import Traffic  # noqa: E402
 from engines.costs.transformer import runs_as_graphs  # noqa: E402
 from engines.settings.parse import parse_settings  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402

@@ -16,7 +16,7 @@ from pydantic import ConfigDict
 
 from engines import ENGINES
 from engines.base import Batch, Context, Evaluation, StepStats
-from engines.costs.traffic import LayerTraffic, Traffic
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.registry_row import EngineEntry
 from engines.settings.checks import require
 from engines.settings.given import GivenSettings

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engines.costs.lsp import compresses, core_elements, core_size
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from profiles.planning.budget import gpu_bytes_needed, shortages, why_missing

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.costs.zo2 import resident_indices
 from engines.settings.given import GivenSettings, Value
 from engines.settings.zeroth_order import MOST_DEFERRED, MOST_QUERIES, Zo2Settings

@@ -17,10 +17,10 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama,
 
 from engines.costs import mezo, transformer
 from engines.costs.lsp import core_elements
-from engines.costs.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
+from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
+from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
 from engines.costs.torchao_offload import power_of_two
-from engines.costs.traffic import Traffic
 from engines.costs.zo2 import RING_BYTES, disk_indices, folds, resident_indices, ring_bytes
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings

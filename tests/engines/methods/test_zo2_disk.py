@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.base import Batch, Context, StepStats, StoredTensor
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, resident_indices
 from engines.errors import InfeasiblePlan, UserError

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.errors import InfeasiblePlan, UserError
 from engines.noise.visits import LOG_CAPACITY
 from engines.offload import disk

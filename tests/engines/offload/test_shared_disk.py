@@ -12,7 +12,7 @@ import torch
 from ranks import SideBySideWorld, side_by_side
 from torch import Tensor
 
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.errors import InfeasiblePlan, NotAvailable, PeerLost
 from engines.offload.direct_io import ALIGNMENT_BYTES
 from engines.offload.disk_chunks import ByteRange

@@ -20,7 +20,7 @@ from zeroth_order_runs import (
 )
 
 from engines.base import Context, LocatesWeights
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.methods.zo2 import Zo2
 from engines.noise.visits import LOG_CAPACITY

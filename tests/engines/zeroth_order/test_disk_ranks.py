@@ -16,7 +16,7 @@ from ranks import SideBySideWorld, side_by_side
 from zeroth_order_runs import KNOBS, context, in_groups, make_mezo, save
 
 from engines.base import StepStats
-from engines.costs import disk as costs
+from engines.costs.resources import disk as costs
 from engines.costs.zo2 import traffic
 from engines.errors import UserError
 from engines.methods.zo2 import Zo2

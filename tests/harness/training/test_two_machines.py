@@ -14,7 +14,7 @@ import pytest
 from settings_given import given_settings
 from train_runs import assert_same_weights, log_of
 
-from engines.costs.network import sent_bytes
+from engines.costs.resources.network import sent_bytes
 from engines.costs.table import traffic
 from engines.shapes import Workload
 from harness.models.configs import named_shape

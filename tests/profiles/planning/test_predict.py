@@ -20,9 +20,9 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_1B, OPT
 from tiny_machine import figure
 
 from engines.costs import transformer
-from engines.costs.overlap import serial_s
+from engines.costs.resources.overlap import serial_s
+from engines.costs.resources.traffic import LayerTraffic, Overlap, Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import LayerTraffic, Overlap, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.settings.parse import parse_settings
 from engines.shapes import Dtype, ModelShape, Workload

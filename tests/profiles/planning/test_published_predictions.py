@@ -9,8 +9,8 @@ from statistics import median
 
 import pytest
 
+from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import Traffic
 from engines.settings.given import Value
 from engines.settings.parse import defaults
 from harness.models.configs import NAMED_SHAPES

@@ -11,8 +11,8 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_13B, TI
 from settings_given import given_for_each
 
 from engines.costs.lsp import core_size
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.costs.table import traffic
-from engines.costs.traffic import LayerTraffic, Traffic
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
 from engines.settings.parse import parse_settings

@@ -1,7 +1,7 @@
 """How long a step takes when its resources overlap: closed forms over the layers' times.
 
-One function per `Overlap` of `engines.costs.traffic`. Each is monotone in every time it is given, no smaller
-than the busiest resource and no larger than the sum of all.
+One function per `Overlap` of `engines.costs.resources.traffic`. Each is monotone in every time it is given,
+no smaller than the busiest resource and no larger than the sum of all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engines.costs.traffic import Overlap
+from engines.costs.resources.traffic import Overlap
 
 CHUNK_SHARE = 0.25
 """Share of a block that crosses the link at a time where blocks are streamed in chunks

@@ -3,7 +3,7 @@ has them. No torch."""
 
 from __future__ import annotations
 
-from engines.costs.traffic import Traffic
+from engines.costs.resources.traffic import Traffic
 from engines.shapes import Workload
 
 LOSS_BYTES = 8

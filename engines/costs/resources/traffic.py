@@ -11,7 +11,7 @@ Overlap = Literal[
     "serial", "gathered", "optimizer_after_backward", "streamed", "layerwise", "blockwise",
     "blockwise_after_norm",
 ]  # fmt: skip
-"""How a method's use of the resources overlaps in a step; `engines.costs.overlap` has their times."""
+"""How a method's use of the resources overlaps in a step; `overlap` beside this module has their times."""
 
 
 @dataclass(frozen=True, kw_only=True)
