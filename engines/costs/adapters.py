@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.resources.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic
 from engines.settings.libraries import LoraSettings, QloraSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -70,8 +70,7 @@ def _traffic(
     for layer in transformer.training_layers(shape, workload, how):
         if layer.name.startswith("block."):
             flops = 2.0 * adapters * workload.tokens_per_step
-            layer = changed(
-                layer,
+            layer = layer._replace(
                 gpu_forward_flops=layer.gpu_forward_flops + flops,
                 # A frozen matrix has no gradient of its own: one product of the backward pass less.
                 gpu_backward_flops=layer.gpu_backward_flops - own + (passes - 1) * flops,
@@ -88,7 +87,7 @@ def _traffic(
                 * workload.accumulation,
             )
         elif layer.name == "head" and shape.predicts_tokens:
-            layer = changed(layer, gpu_backward_flops=layer.gpu_backward_flops / 2)
+            layer = layer._replace(gpu_backward_flops=layer.gpu_backward_flops / 2)
         layers.append(layer)
     total = shape.num_blocks * adapters
     kept = transformer.saved_activation_bytes(shape, workload, how)

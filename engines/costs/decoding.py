@@ -15,7 +15,7 @@ from engines.costs import transformer
 from engines.costs.mezo import adapter_parameters
 from engines.costs.quantized import block_bytes
 from engines.costs.resources import disk
-from engines.costs.resources.traffic import LayerTraffic, Traffic, changed
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.costs.zo2 import disk_indices, resident_indices, ring_bytes
 from engines.settings.zeroth_order import Base, MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
@@ -95,8 +95,7 @@ def traffic(shape: ModelShape, decoding: Decoding, settings: MezoSettings) -> Tr
         up = 0 if index in resident else block
         read = block if index in on_disk else 0
         layers.append(
-            changed(
-                _block(shape, decoding, block),
+            _block(shape, decoding, block)._replace(
                 name=f"block.{index}",
                 h2d_bytes=up,
                 host_bytes=float(up + read),

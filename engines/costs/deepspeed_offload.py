@@ -12,7 +12,7 @@ from dataclasses import replace
 from engines.costs import transformer
 from engines.costs.fsdp2_offload import BLOCKS_UP
 from engines.costs.native import training_memory
-from engines.costs.resources.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic
 from engines.settings.libraries import DeepspeedSettings, ZenflowSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -66,8 +66,8 @@ def _offloaded(
         down = workload.accumulation * element * parameters
         updated = int(late * parameters)
         layers.append(
-            changed(
-                layer, h2d_bytes=up, d2h_bytes=down, cpu_adam_elements=updated,
+            layer._replace(
+                h2d_bytes=up, d2h_bytes=down, cpu_adam_elements=updated,
                 host_bytes=float(up + down + 7 * 4 * updated),
             )
         )  # fmt: skip

@@ -35,7 +35,7 @@ from engines.costs import transformer
 from engines.costs.lsp import NORM_BYTES
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, Traffic, changed
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -190,8 +190,7 @@ def _layer(
 ) -> LayerTraffic:
     if layer.name == "head" and settings.outer == "host":
         non_block = shape.non_block_parameters
-        return changed(
-            layer,
+        return layer._replace(
             gpu_bytes=layer.gpu_bytes + 4 * element * non_block,  # cleared, added to, and read for its norm
             h2d_bytes=element * non_block,
             d2h_bytes=element * non_block,
@@ -200,7 +199,7 @@ def _layer(
         )
     if layer.name == "head":
         own = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
-        return changed(layer, gpu_bytes=layer.gpu_bytes + own * shape.non_block_parameters)
+        return layer._replace(gpu_bytes=layer.gpu_bytes + own * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     size = shape.block_parameters
@@ -215,8 +214,7 @@ def _layer(
     if index in settings.weights_on_disk(len(uploads)):
         written += element * size
         read = written + times * element * size
-    return changed(
-        layer,
+    return layer._replace(
         disk_bytes=read,
         disk_write_bytes=written,
         python_launches=LAUNCHES * settings.offload,

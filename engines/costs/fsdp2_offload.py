@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import training_memory
-from engines.costs.resources.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic
 from engines.costs.torchao_offload import pinned_copy_bytes
 from engines.settings.libraries import Fsdp2OffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -25,8 +25,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
         up = workload.accumulation * element * parameters * (2 if is_block else 1)
         down = workload.accumulation * element * parameters
         layers.append(
-            changed(
-                layer,
+            layer._replace(
                 h2d_bytes=up,
                 d2h_bytes=down,
                 cpu_adam_elements=parameters,

@@ -22,7 +22,7 @@ from engines.costs.native import (
     block_passes,
     workspaces,
 )
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic, changed
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
@@ -246,7 +246,7 @@ def _layer(
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return changed(layer, gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
+        return layer._replace(gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
     if not layer.name.startswith("block."):
         return layer
     core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
@@ -255,8 +255,7 @@ def _layer(
     launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
     wire, down = element * core, element * matrices if settings.streams else 0
     up = work.uploads[int(layer.name.removeprefix("block."))] * down
-    return changed(
-        layer,
+    return layer._replace(
         gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
         gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
         launches=launches,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engines.costs import transformer
 from engines.costs.quantized import block_bytes
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic, changed
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -176,26 +176,25 @@ def perturbed_layers(
     probes = settings.queries * workload.accumulation
     perturbed = ONE_SIDED if settings.is_one_sided else PERTURB
     layers = [
-        changed(first, gaussians=lookups),
+        first._replace(gaussians=lookups),
         *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
         _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
     if settings.noise == "binomial":
-        layers = [changed(layer, gaussians=round(BINOMIAL_COST * layer.gaussians)) for layer in layers]
+        layers = [layer._replace(gaussians=round(BINOMIAL_COST * layer.gaussians)) for layer in layers]
     if settings.noise == "rademacher":
         # Signs cost less than the memory they are written to. A pass over low-bit matrices moves fewer bytes,
         # and makes several: there they count.
         first, *blocks, last = layers
         kept = SIGN_COST if settings.is_quantized else 0.0
-        blocks = [changed(block, gaussians=round(kept * block.gaussians)) for block in blocks]
-        return [changed(first, gaussians=0), *blocks, changed(last, gaussians=0)]
+        blocks = [block._replace(gaussians=round(kept * block.gaussians)) for block in blocks]
+        return [first._replace(gaussians=0), *blocks, last._replace(gaussians=0)]
     return layers
 
 
 def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
     """So many forward passes in place of two."""
-    return changed(
-        layer,
+    return layer._replace(
         gpu_forward_flops=layer.gpu_forward_flops * passes / 2,
         gpu_bytes=layer.gpu_bytes * passes / 2,
         products=layer.products * passes // 2,
@@ -239,8 +238,7 @@ def _with_low_rank(
     passes, rank, q = settings.forward_passes, settings.rank(workload.examples_per_step), settings.queries
     rows, columns = (sum(getattr(each, side) for each in shape.matrices) for side in ("rows", "columns"))
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
-    layer = changed(
-        layer,
+    layer = layer._replace(
         gpu_forward_flops=layer.gpu_forward_flops
         + passes * 2.0 * rank * (columns + 2 * rows) * workload.tokens_per_step,
         gpu_bytes=layer.gpu_bytes + added_bytes + 2 * 4 * rank * q * rows,
@@ -278,8 +276,7 @@ def _with_adapters(
     passes = settings.forward_passes
     products = LORA_LAUNCHES * len(shape.matrices) * workload.accumulation * passes // 2
     added_bytes = passes * 2 * BYTES_PER_ELEMENT[workload.dtype] * workload.tokens_per_step * rows
-    layer = changed(
-        layer,
+    layer = layer._replace(
         gpu_forward_flops=layer.gpu_forward_flops + passes * 2.0 * adapters * workload.tokens_per_step,
         gpu_bytes=layer.gpu_bytes + added_bytes,
         launches=layer.launches + products,
@@ -293,8 +290,7 @@ def _visited(
     if parameters == 0:
         return layer
     element = BYTES_PER_ELEMENT[workload.dtype]
-    return changed(
-        layer,
+    return layer._replace(
         gpu_bytes=layer.gpu_bytes + visit.moves * element * parameters,
         gaussians=layer.gaussians + round(visit.gaussians * parameters),
         triton_launches=layer.triton_launches + launches,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from engines.costs import transformer
-from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic, changed
+from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,
@@ -99,8 +99,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     block = ADAM_SLOWDOWN * ADAM_PASSES * element * shape.block_parameters
     together = workload.accumulation * element
     updated = [
-        changed(
-            layer,
+        layer._replace(
             gpu_bytes=layer.gpu_bytes + block,
             divided_gpu_bytes=block,
             gathered_bytes=BLOCK_GATHERED * together * shape.block_parameters,
@@ -109,8 +108,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         else layer
         for layer in layers
     ]
-    updated[-1] = changed(
-        updated[-1],
+    updated[-1] = updated[-1]._replace(
         gpu_bytes=updated[-1].gpu_bytes + non_block,
         divided_gpu_bytes=non_block,
         gathered_bytes=NON_BLOCK_GATHERED * together * shape.non_block_parameters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import training_memory
-from engines.costs.resources.traffic import Traffic, changed
+from engines.costs.resources.traffic import Traffic
 from engines.settings.first_order import TorchaoOffloadSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -23,8 +23,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: TorchaoOffloadSetti
     for layer in transformer.training_layers(shape, workload):
         parameters = block if layer.name.startswith("block.") else non_block if layer.name == "head" else 0
         layers.append(
-            changed(
-                layer,
+            layer._replace(
                 h2d_bytes=element * parameters,
                 d2h_bytes=workload.accumulation * element * parameters,
                 cpu_adam_elements=parameters,

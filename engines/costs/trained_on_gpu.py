@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
-from engines.costs.resources.traffic import LayerTraffic, RareWork, Traffic, changed
+from engines.costs.resources.traffic import LayerTraffic, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -73,7 +73,7 @@ def _with_paging(layer: LayerTraffic, shape: ModelShape) -> LayerTraffic:
     non_block = shape.non_block_parameters if layer.name == "head" else 0
     parameters = shape.block_parameters if layer.name.startswith("block.") else non_block
     paged = int(PAGED_FACTOR * EIGHT_BIT_MOMENTS * parameters)
-    return changed(layer, h2d_bytes=paged, d2h_bytes=paged)
+    return layer._replace(h2d_bytes=paged, d2h_bytes=paged)
 
 
 def backward_optimizer(shape: ModelShape, workload: Workload, settings: BackwardOptimizerSettings) -> Traffic:
@@ -117,8 +117,7 @@ def galore(shape: ModelShape, workload: Workload, settings: GaloreSettings) -> T
     projected = 4.0 * settings.rank * sum(each.parameters for each in shape.matrices)
     launches = GALORE_LAUNCHES * transformer.num_tensors(shape)
     layers = [
-        changed(
-            layer,
+        layer._replace(
             gpu_backward_flops=layer.gpu_backward_flops
             + (projected if layer.name.startswith("block.") else 0.0),
         )
@@ -166,8 +165,7 @@ def _updated(
     `waited_launches` of a block's."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
-        changed(
-            layer,
+        layer._replace(
             gpu_bytes=layer.gpu_bytes
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
             python_launches=python_launches if layer.name.startswith("block.") else 0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.costs.resources.traffic import LayerTraffic, changed
+from engines.costs.resources.traffic import LayerTraffic
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 PLAIN_ELEMENTWISE_BYTES = 45
@@ -278,7 +278,7 @@ def training_layers(
     last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
-        changed(again if index < how.recomputed else kept, name=f"block.{index}")
+        (again if index < how.recomputed else kept)._replace(name=f"block.{index}")
         for index in range(shape.num_blocks)
     ]
     return [LayerTraffic(name="embedding"), *blocks, last]
@@ -323,10 +323,10 @@ def _started(
 ) -> LayerTraffic:
     """`layer` with the operations that each micro-batch starts, so many products among them."""
     count = launches * workload.accumulation
-    layer = changed(layer, products=products * workload.accumulation)
+    layer = layer._replace(products=products * workload.accumulation)
     if how.captured:
-        return changed(layer, graph_kernels=max(0, count - layer.products))
-    return changed(layer, launches=count)
+        return layer._replace(graph_kernels=max(0, count - layer.products))
+    return layer._replace(launches=count)
 
 
 def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -365,7 +365,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
 
 def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> list[LayerTraffic]:
     """An embedding, which costs next to nothing, the blocks and the head."""
-    blocks = [changed(block, name=f"block.{index}") for index in range(shape.num_blocks)]
+    blocks = [block._replace(name=f"block.{index}") for index in range(shape.num_blocks)]
     return [LayerTraffic(name="embedding"), *blocks, head]
 
 

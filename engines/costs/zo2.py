@@ -29,7 +29,7 @@ from engines.costs.mezo import (
 )
 from engines.costs.quantized import block_bytes
 from engines.costs.resources import disk
-from engines.costs.resources.traffic import LayerTraffic, Traffic, changed
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.errors import InfeasiblePlan
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -144,8 +144,7 @@ def _with_moved_states(layers: Sequence[LayerTraffic], moved_bytes: int) -> list
     """What hidden states of so many bytes move: down where they are made, up where they are computed with."""
     up = [0, *([moved_bytes] * (len(layers) - 1))]
     return [
-        changed(
-            layer,
+        layer._replace(
             h2d_bytes=layer.h2d_bytes + came,
             d2h_bytes=layer.d2h_bytes + went,
             host_bytes=layer.host_bytes + came + went,
@@ -182,8 +181,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
             trained = trains_block(settings, index, shape.num_blocks)
             read = block if index in on_disk else 0
             down = int(block * (1 / turn)) if trained and not read else 0
-            layers[1 + index] = changed(
-                layers[1 + index],
+            layers[1 + index] = layers[1 + index]._replace(
                 h2d_bytes=block,
                 d2h_bytes=down,
                 host_bytes=float(block + down + read),

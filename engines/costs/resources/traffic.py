@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 Overlap = Literal[
     "serial", "gathered", "optimizer_after_backward", "streamed", "layerwise", "blockwise",
@@ -14,9 +14,12 @@ Overlap = Literal[
 """How a method's use of the resources overlaps in a step; `overlap` beside this module has their times."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerTraffic:
-    """What one layer asks of each resource in one step. `embedding` and `head` count as layers."""
+class LayerTraffic(NamedTuple):
+    """What one layer asks of each resource in one step. `embedding` and `head` count as layers.
+
+    A named tuple: a plan makes tens of thousands of layers, most with `_replace`, and a frozen dataclass
+    takes six times as long for each.
+    """
 
     name: str
     gpu_forward_flops: float = 0.0
@@ -60,15 +63,6 @@ class LayerTraffic:
     """Where several GPUs divide the weights: of these and of their gradients, what each has to have whole."""
     divided_gpu_bytes: float = 0.0
     """Of `gpu_bytes` what they divide then: the optimizer's."""
-
-
-def changed(layer: LayerTraffic, **fields: float | str) -> LayerTraffic:
-    """`layer` with other values in these fields. A plan makes tens of thousands of layers, and
-    `dataclasses.replace`, which asks each field what it is, takes ten times as long."""
-    assert fields.keys() <= vars(layer).keys(), fields
-    made = object.__new__(LayerTraffic)
-    vars(made).update(vars(layer), **fields)
-    return made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,8 +167,7 @@ class Traffic:
 
     def _with_a_part(self, weights: DividedWeights, local_ranks: int) -> Traffic:
         layers = [
-            replace(
-                layer,
+            layer._replace(
                 gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
                 gathering_s=weights.cpu_s if layer.gathered_bytes else 0.0,
@@ -193,8 +186,7 @@ class Traffic:
             copies = layer.h2d_bytes + layer.d2h_bytes
             # Of a chunk its owner reads the gradients of all.
             more = layer.d2h_bytes * (1 - 1 / local_ranks) if layer.cpu_adam_elements else 0.0
-            return changed(
-                layer,
+            return layer._replace(
                 cpu_adam_elements=-(-layer.cpu_adam_elements // local_ranks),
                 host_bytes=copies + (layer.host_bytes - copies) / local_ranks + more,
             )
@@ -205,8 +197,7 @@ class Traffic:
         read_by_others = layer.disk_bytes * (1 - 1 / local_ranks)
         if self.shards_uploads:
             up //= local_ranks
-        return changed(
-            layer,
+        return layer._replace(
             h2d_bytes=up,
             d2h_bytes=down,
             host_bytes=layer.host_bytes - layer.h2d_bytes - layer.d2h_bytes + up + down - read_by_others,

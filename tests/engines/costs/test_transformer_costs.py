@@ -82,7 +82,7 @@ def test_an_encoder_leaves_no_score_out() -> None:
 
 def test_that_is_said_of_hopper_gpus_alone() -> None:
     cost = traffic("native", OPT_1B, WORKLOAD, parse_settings("native", {"checkpointed_blocks": "0"}))
-    plain = replace(cost, layers=tuple(replace(each, attention_longer_flops=0.0) for each in cost.layers))
+    plain = replace(cost, layers=tuple(each._replace(attention_longer_flops=0.0) for each in cost.layers))
     assert H200.gpu is not None
     hopper = replace(H200, gpu=replace(H200.gpu, compute_capability="9.0"))
     ampere = replace(H200, gpu=replace(H200.gpu, compute_capability="8.0"))

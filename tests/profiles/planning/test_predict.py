@@ -147,7 +147,7 @@ def test_zo2_comes_near_its_upload_where_it_seldom_downloads(fold_every: int) ->
 def test_without_autograd_operations_start_faster() -> None:
     small = LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000)
     seen = []
-    for layer in (small, replace(small, gpu_backward_flops=1.0)):
+    for layer in (small, small._replace(gpu_backward_flops=1.0)):
         cost = Traffic(layers=(layer,), gpu_memory_bytes={}, host_memory_bytes={})
         seen.append(predict(cost, H200, SMALL).step_s)
     pause_s = STEP_LAUNCHES * FORWARD_LAUNCH_S
@@ -451,7 +451,7 @@ def test_adding_work_to_one_resource_moves_the_bottleneck() -> None:
     seen = {}
     for resource, amount in (("h2d_bytes", 10**12), ("d2h_bytes", 10**12), ("cpu_adam_elements", 10**12)):
         cost = Traffic(
-            layers=(replace(base, **{resource: amount}),),
+            layers=(base._replace(**{resource: amount}),),
             gpu_memory_bytes={},
             host_memory_bytes={},
             overlap="layerwise",
@@ -480,7 +480,7 @@ def test_what_the_probe_measured_of_starting_work_counts() -> None:
 
 def test_products_and_kernels_of_graphs_take_the_gpu_time_beside_their_work() -> None:
     many = LayerTraffic(name="block.0", gpu_forward_flops=1e12, products=100, graph_kernels=1000)
-    few = replace(many, products=0, graph_kernels=0)
+    few = many._replace(products=0, graph_kernels=0)
     assert H200.gpu is not None
 
     def step_s(layer: LayerTraffic, machine: Machine) -> float:
