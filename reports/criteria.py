@@ -11,7 +11,7 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -23,6 +23,8 @@ from reports.question import JobSize, Prices, Question
 
 SCHEMA_VERSION = 1
 """1: first version (0.1.0)."""
+
+_REMEDY = "'lspzo-bench criteria init' shows every field and metric"
 
 Metric = Literal[
     "runs_ok",
@@ -236,7 +238,7 @@ def parse_criteria(content: bytes, origin: str) -> Criteria:
     except ValidationError as error:
         first = error.errors()[0]
         why = plainly(first["msg"])
-        raise UserError(f"{origin}: {_where(first['loc'], values)}", why, _remedy()) from None
+        raise UserError(f"{origin}: {_where(first['loc'], values)}", why, _REMEDY) from None
     _refuse_repeated([criterion.id for criterion in document.criterion], origin)
     _refuse_unpriced(document, origin)
     return Criteria(
@@ -257,10 +259,6 @@ def _where(location: tuple[int | str, ...], values: dict[str, object]) -> str:
     name = f" ('{table['id']}')" if isinstance(table, dict) and "id" in table else ""
     field = "".join(f": {part}" for part in location[2:])
     return f"criterion {location[1] + 1}{name}{field}"
-
-
-def _remedy() -> str:
-    return f"metrics are {', '.join(get_args(Metric))}; 'lspzo-bench criteria init' shows every field"
 
 
 def _refuse_unpriced(document: _Document, origin: str) -> None:

@@ -6,6 +6,7 @@ parsed where they come in, from the command line, a job file or a record, and ar
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
@@ -74,7 +75,8 @@ def parse_recorded(engine: str, values: Mapping[str, object]) -> Any:
 def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
     """Typed settings of `engine` from plain values (strings are converted).
 
-    Raises `UserError` that names the key and the engine's keys, and for an unknown engine.
+    Raises `UserError` that names the key, and for one that there is not those like it; and for an unknown
+    engine.
     """
     kind: Any = settings_class(engine)
     try:
@@ -87,9 +89,10 @@ def parse_settings(engine: str, values: Mapping[str, object]) -> Any:
         whys = dict.fromkeys(plainly(each["msg"]) for each in found if each["loc"][:1] == first["loc"][:1])
         why = " or ".join([next(iter(whys)), *(each.removeprefix("must be ") for each in list(whys)[1:])])
         refused = first.get("ctx", {}).get("error")
-        known = f"settings of {engine} are: {', '.join(setting_names(engine))}"
-        if key in setting_names(engine):
-            known = f"'lspzo-bench engines' lists the settings of {engine}"
+        known = f"'lspzo-bench engines' lists the settings of {engine}"
+        near = difflib.get_close_matches(key, setting_names(engine))
+        if near and key not in near:
+            known = f"did you mean {' or '.join(near)}? {known}"
         raise UserError(
             f"--set {key}={values.get(key, '')}" if key else f"engine {engine}",
             why,

@@ -325,7 +325,7 @@ def test_mistakes_are_named(fault: str, tmp_path: Path) -> None:
             "resident_blocks=2 and --set zo2.disk_blocks=2: ",
         ),
         ({"zo3": {}}, "engine 'zo3': there is no such engine"),
-        ({"lsp": {"dd": 1}}, "settings of lsp are"),
+        ({"lsp": {"dd": 1}}, r"did you mean d\? 'lspzo-bench engines' lists the settings of lsp"),
     ],
 )
 def test_settings_name_no_more_blocks_than_there_are(

@@ -137,7 +137,7 @@ def test_without_graphs_where_they_alone_do_not_fit() -> None:
 def test_unknown_engine_and_setting_are_the_users_errors() -> None:
     with pytest.raises(UserError, match="there is no such engine"):
         recommend(H200, TINY, TRAINING, ["lspp"], {})
-    with pytest.raises(UserError, match="settings of lsp are"):
+    with pytest.raises(UserError, match="lists the settings of lsp"):
         recommend(H200, TINY, TRAINING, ["lsp"], given_for_each({"lsp": {"rank": 3}}))
 
 
