@@ -17,7 +17,8 @@ from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria, default_criteria
 from reports.findings import exactness
-from reports.format import middle, span
+from reports.format import loss, middle, span
+from reports.judging.ranking import best_quality
 from reports.messages import say
 from reports.metrics import Measurements, ends, is_emulated, largest, predicted
 
@@ -39,6 +40,7 @@ def warnings(
         _about_native(runs, method),
         _about_native_at_best(all_),
         _about_references(all_),
+        _about_quality(all_),
         _about_memory_saved(all_),
         _about_the_card(runs),
         _about_disturbed(all_),
@@ -139,6 +141,13 @@ def _about_references(all_: Measurements) -> str | None:
         if faster_or_slower(reference, offloaded) == "FAST"
     ]
     return " ".join(found) or None
+
+
+def _about_quality(all_: Measurements) -> str | None:
+    """Held-out losses that too few steps moved, for methods to be told apart by them."""
+    if len(all_.rounds) < 2 or (best := best_quality(all_.rounds, all_)) is None or best.told:
+        return None
+    return say("warning.too_short_to_tell", before=loss(best.before), after=loss(best.after))
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:

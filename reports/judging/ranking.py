@@ -1,27 +1,31 @@
 """Which method is the answer: the order of methods that were judged, and which of them another beats. Pure.
 
-Methods of one verdict are told apart by quality where it was measured on held-out data, and else by kind: a
-step with gradients before one without, what most people would use before the rest, and what trains all
-weights before what trains fewer, which is as good only where that was measured. Only then by the time of a
-step in a long job, with its part of what one in so many does beside; ranges that overlap are a tie.
+Methods of one verdict are told apart by quality where it was measured on held-out data and training moved it,
+and else by kind: a step with gradients before one without, what most people would use before the rest, and
+what trains all weights before what trains fewer, which is as good only where that was measured. Only then by
+the time of a step in a long job, with its part of what one in so many does beside; ranges that overlap are a
+tie.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
 from harness.records.stats import SAME_FACTOR, disturbed, over_runs, ratio
 from reports.judging.stated import gpu_peak, host_peak, step_s
-from reports.metrics import Measurements, heldout_loss, is_emulated
+from reports.metrics import Measurements, heldout_loss, is_emulated, typical
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")
 
 AS_GOOD = 1.02
-"""Held-out losses within this factor are called as good as each other."""
+"""Held-out losses within this factor may be called as good as each other."""
+
+PART_OF_GAIN = 0.1
+"""Of what the best one's held-out loss fell by, which a method as good as that may stay behind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,19 +46,50 @@ def quality(engine: str, all_: Measurements) -> float | None:
     return found.median if found else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestQuality:
+    """Of several methods, held-out losses before the first step and after the last."""
+
+    before: float
+    after: float
+
+    @property
+    def told(self) -> bool:
+        """Whether losses tell methods apart: the model as it was would not be called as good as this."""
+        return self.before > self.after * AS_GOOD
+
+    @property
+    def as_good(self) -> float:
+        """The largest loss that is called as good."""
+        return min(self.after * AS_GOOD, self.after + PART_OF_GAIN * (self.before - self.after))
+
+
+def best_quality(engines: Iterable[str], all_: Measurements) -> BestQuality | None:
+    """Of those of `engines` that ran; `None` where it is not known of every one of them, as then they cannot
+    be told apart by it."""
+    ran = [engine for engine in engines if all_.of(engine).ok]
+    losses = {engine: loss for engine in ran if (loss := quality(engine, all_)) is not None}
+    if not losses or len(losses) < len(ran):
+        return None
+    best = min(losses, key=losses.__getitem__)
+    before = typical(all_.of(best), lambda run: run.summary.eval_loss_first)
+    return None if before is None else BestQuality(before=before, after=losses[best])
+
+
 def trains_less(engine: str) -> bool:
     """Whether it has gradients and does not train every weight along them: adapters, or a subspace."""
     return entry(engine).order == "first" and not trains_everything(engine)
 
 
 def beats(one: str, other: str, all_: Measurements) -> bool:
-    """Whether `one` is better than `other` in time, memory and quality. Quality that was not measured counts
-    as better only for a method that trains everything, against one that does not or does just the same."""
+    """Whether `one` is better than `other` in time, memory and quality. Quality that was not measured, or
+    that training did not move, counts as better only for a method that trains everything, against one that
+    does not or does just the same."""
     if not is_faster(one, other, all_) or not _smaller(one, other, all_):
         return False
-    mine, others = quality(one, all_), quality(other, all_)
-    if mine is not None and others is not None:
-        return mine < others
+    best = best_quality((one, other), all_)
+    if best is not None and best.told:
+        return quality(one, all_) == best.after != quality(other, all_)
     return trains_everything(one) or (entry(one).order == entry(other).order == "zeroth")
 
 
@@ -97,13 +132,13 @@ def beaten_by(standings: Sequence[Standing], all_: Measurements) -> Mapping[str,
 
 def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]:
     """The best first; none that another beats before that one."""
-    reference = _best_quality(standings, all_)
+    best = best_quality((each.engine for each in standings), all_)
 
     def kind(each: Standing) -> tuple[int, int, float, bool, bool, bool]:
         """What tells before time does."""
         loss = quality(each.engine, all_)
-        if loss is not None and reference is not None:
-            worse = loss > reference * AS_GOOD
+        if loss is not None and best is not None and best.told:
+            worse = loss > best.as_good
             return BEST_FIRST.index(each.state), each.missed, loss if worse else 0.0, False, False, False
         row = entry(each.engine)
         zeroth, rare, less = row.order == "zeroth", not row.asked_first, trains_less(each.engine)
@@ -148,14 +183,6 @@ def _beaten_last(found: list[Standing], all_: Measurements) -> list[Standing]:
         result.append(free)
         left.remove(free)
     return result
-
-
-def _best_quality(standings: Sequence[Standing], all_: Measurements) -> float | None:
-    """Of all methods that ran; `None` where it is not known of every one of them, as then they cannot be told
-    apart by it."""
-    losses = [quality(each.engine, all_) for each in standings if all_.of(each.engine).ok]
-    known = [loss for loss in losses if loss is not None]
-    return min(known) if known and len(known) == len(losses) else None
 
 
 def _tied(one: Standing, other: Standing, all_: Measurements) -> bool:

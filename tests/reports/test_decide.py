@@ -417,6 +417,33 @@ def test_quality_decides_before_time_and_time_before_memory() -> None:
     assert chosen(run("zo2", 0.1, 2, None), run("exact-offload", 5.0, 8, None)) == "exact-offload"
 
 
+@pytest.mark.parametrize(
+    ("before", "native", "other", "chosen", "told"),
+    [
+        (0.700, 0.690, 0.700, "native", False),  # no better than the model was, and within 2 % of native
+        (0.700, 0.710, 0.699, "native", False),  # better by chance
+        (3.00, 2.85, 2.90, "native", True),  # within 2 %, with two thirds of native's gain
+        (3.00, 2.85, 2.86, "mezo", True),  # as good, and faster
+        (3.00, 2.85, 2.80, "mezo", True),
+    ],
+)
+def test_losses_that_no_step_moved_tell_nothing(
+    before: float, native: float, other: float, chosen: str, told: bool
+) -> None:
+    runs = [
+        make_run(
+            engine, round=round, job=REAL, step_s=scaled(step_s), peak_gpu_reserved_bytes=gib * 2**30,
+            eval_loss_first=before, eval_loss_last=loss,
+        )
+        for engine, step_s, gib, loss in (("native", 1.0, 16, native), ("mezo", 0.4, 6, other))
+        for round in (1, 2, 3)
+    ]  # fmt: skip
+    verdict = decide(runs, default_criteria(), make_machine())
+    assert verdict.method == chosen
+    assert any("too few steps to tell" in warning for warning in verdict.warnings) is not told
+    assert verdict.methods[1].beaten_by == (chosen if told and chosen == "mezo" and other < native else None)
+
+
 def test_training_less_in_less_time_is_no_answer_without_quality_and_says_so() -> None:
     native, lora = make_run("native"), make_run("lora", step_s=scaled(0.25), peak_gpu_reserved_bytes=2**30)
     exact = make_run("exact-offload", step_s=scaled(2.0), peak_gpu_reserved_bytes=2**29)
