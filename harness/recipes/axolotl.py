@@ -35,7 +35,7 @@ def axolotl_recipe(chosen: ChosenMethod) -> Recipe | None:
         "warmup_steps": chosen.settings.warmup_steps,
         "weight_decay": chosen.settings.weight_decay,
         **chosen.adam,
-        **({"max_grad_norm": chosen.settings.max_grad_norm} if chosen.settings.max_grad_norm else {}),
+        "max_grad_norm": chosen.settings.max_grad_norm,  # 0 is no clipping; left out it clips at 1
         **({} if chosen.steps is None else {"max_steps": chosen.steps}),
         "bf16": job.dtype == "bf16",
         "fp16": False,

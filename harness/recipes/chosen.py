@@ -21,6 +21,21 @@ CONTEXT_LINES = (
 )
 
 
+def reads(kind: DataKind) -> bool:
+    """Whether other programs train on such a file as it is: of a text and its class they have no rows."""
+    return kind not in ("labelled", "questions")
+
+
+def processes_of(job: Job) -> int:
+    """One for each GPU."""
+    return job.limits.gpus * job.limits.nodes
+
+
+def accumulation_of_each(job: Job) -> int:
+    """Micro-batches of each process in a step, as other programs count them; ours are those of all."""
+    return -(-job.accumulation // processes_of(job))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenMethod:
     """A method with its settings, as other programs need to be told of it."""
@@ -39,9 +54,9 @@ class ChosenMethod:
 
     @property
     def data(self) -> str | None:
-        """The file, or the data set of the hub; `None`: the job has none."""
+        """The file, or the data set of the hub; `None`: the job has none, or none that they read as it is."""
         name = self.job.data.train
-        return None if name in ("random", "builtin") else name
+        return None if name in ("random", "builtin") or not reads(self.data_kind) else name
 
     @property
     def file_kind(self) -> str | None:
@@ -51,13 +66,11 @@ class ChosenMethod:
 
     @property
     def processes(self) -> int:
-        """Of the job, one for each GPU."""
-        return self.job.limits.gpus * self.job.limits.nodes
+        return processes_of(self.job)
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of each process in a step, as other programs count them; ours are those of all."""
-        return -(-self.job.accumulation // self.processes)
+        return accumulation_of_each(self.job)
 
     @property
     def recomputes(self) -> bool:

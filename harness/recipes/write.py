@@ -18,7 +18,7 @@ from engines.files.reading import exists
 from harness.data.examples import examples_of
 from harness.models.configs import NAMED_SHAPES, load_config
 from harness.recipes.axolotl import axolotl_recipe
-from harness.recipes.chosen import ChosenMethod, Recipe
+from harness.recipes.chosen import ChosenMethod, Recipe, accumulation_of_each, processes_of, reads
 from harness.recipes.deepspeed import deepspeed_recipe
 from harness.recipes.llamafactory import llamafactory_recipe
 from harness.recipes.trl import trl_recipe
@@ -63,20 +63,31 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
             write_whole(folder / name, text)
         lines.append(f"{stack}, in {folder}: {recipe.command}")
         lines += _of_processes(job, stack)
+        lines += _of_data(job, stack)
     return Written(folder, tuple(lines))
 
 
 def _of_processes(job: Job, stack: Stack) -> list[str]:
     """Where there are several: how their programs count micro-batches."""
-    processes = job.limits.gpus * job.limits.nodes
+    processes, each = processes_of(job), accumulation_of_each(job)
     if processes == 1:
         return []
-    each = -(-job.accumulation // processes)
     where = f", {job.limits.gpus} on each of {job.limits.nodes} machines" if job.limits.nodes > 1 else ""
     together = "" if each * processes == job.accumulation else f", {each * processes} together"
     return [
         f"note: the files for {stack} are of {processes} processes{where}, one for each GPU: {each} of "
         f"--accumulation {job.accumulation} for each{together}"
+    ]
+
+
+def _of_data(job: Job, stack: Stack) -> list[str]:
+    """Where the program does not read rows as they are."""
+    if stack == "deepspeed" or reads(_kind(job)):
+        return []
+    keys = "prompt, completion" if stack == "trl" else "instruction, output"
+    return [
+        f"note: {stack} has no rows like those of {Path(job.data.train).name}: write each of them anew "
+        f"({keys}), and put that file for YOUR_DATA"
     ]
 
 

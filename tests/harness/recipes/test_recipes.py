@@ -77,6 +77,21 @@ def test_adam_and_its_rate_are_ours_and_not_the_programs_defaults(stack: Stack) 
     assert (told["adam_beta1"], told["adam_beta2"], told["adam_epsilon"]) == (0.9, 0.95, 1e-6)
     assert "constant_with_warmup" in told.values()
     assert told["warmup_steps"] == 10
+    assert told["max_grad_norm"] == 0.0  # the Trainer's own is 1
+
+
+@pytest.mark.parametrize("stack", ["trl", "axolotl", "llamafactory"])
+def test_rows_of_a_text_and_its_class_are_to_be_written_anew(stack: Stack, tmp_path: Path) -> None:
+    """These programs would learn the text alone, or find no columns of theirs."""
+    data = tmp_path / "reviews.csv"
+    data.write_text("text,label\n" + 20 * "good film,1\nbad film,0\n", encoding="utf-8")
+    written = write_recipe(answer(("lora",), data={"train": str(data)}), stack, tmp_path / "out")
+    files = [path.read_text(encoding="utf-8") for path in written.folder.glob(f"{stack}.yaml")]
+    files += [path.read_text(encoding="utf-8") for path in written.folder.glob("dataset_info.json")]
+    assert "YOUR_DATA" in "".join(files)
+    assert "reviews.csv" not in "".join(files)
+    assert f"{stack} has no rows like those of reviews.csv" in written.lines[-1]
+    assert load_job(written.folder / "job.toml").data.train == str(data)
 
 
 def test_data_files_are_told_in_each_programs_way(tmp_path: Path) -> None:
