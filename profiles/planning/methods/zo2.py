@@ -266,9 +266,10 @@ class _Planner:
         return self.context.cost(self.placed(settings))
 
     def resident_blocks(self) -> tuple[int, str]:
-        """Of a limit that the user named, all is used. Otherwise a tenth of the GPU stays free, since what is
-        free now may be taken later, and of the rest no more is used than makes the step faster: streaming
-        that hides behind compute costs nothing, and little memory is what the method is for.
+        """Of a limit that the user named, all is used that makes no step slower. Otherwise a tenth of the GPU
+        stays free, since what is free now may be taken later, and of the rest no more is used than makes the
+        step faster: streaming that hides behind compute costs nothing, and little memory is what the method
+        is for.
         """
         budget, settings = self.context.budget, self.given.typed
         blocks = self.context.shape.num_blocks
@@ -293,7 +294,8 @@ class _Planner:
             min(fitting, key=needed.__getitem__)
         ]
         most = fitting[-1]
-        resident = most if budget.gpu_named else self._fewest_as_fast(fitting)
+        as_fast = self._as_fast_as_any(fitting)
+        resident = as_fast[-1 if budget.gpu_named else 0]
         why = f"as many as {format_bytes(usable)} of GPU memory hold"
         if resident < most:
             why = self._why_no_more(resident, most)
@@ -314,13 +316,22 @@ class _Planner:
         named = ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in _ranges(indices))
         return f"block {named} stays" if len(indices) == 1 else f"blocks {named} stay" if indices else ""
 
-    def _fewest_as_fast(self, fitting: Sequence[int]) -> int:
-        """The fewest resident blocks whose predicted step is as fast as that of the most that fit."""
-        best = self._step_s(fitting[-1])
-        if best is None:
-            return fitting[-1]
-        # More blocks that stay never take longer.
-        return fitting[bisect_left(fitting, True, key=lambda k: self._is_as_fast(k, AS_FAST * best))]
+    def _as_fast_as_any(self, fitting: Sequence[int]) -> Sequence[int]:
+        """The numbers of resident blocks whose predicted step is as fast as that of any that fits."""
+        fewest, most = fitting[0], fitting[-1]
+        best_s = self._step_s(most)
+        if best_s is None:
+            return (most,)
+        if self._downloads_every(fewest) == self._downloads_every(most):
+            # More blocks that stay never take longer, as long as the others go down equally often.
+            return fitting[bisect_left(fitting, True, key=lambda k: self._is_as_fast(k, AS_FAST * best_s)) :]
+        times = {k: time_s for k in fitting if (time_s := self._step_s(k)) is not None}
+        fastest_s = min(times.values())
+        return [k for k, time_s in times.items() if time_s <= AS_FAST * fastest_s]
+
+    def _downloads_every(self, resident: int) -> int:
+        settings: Zo2Settings = replace(self.given.typed, resident_blocks=resident)
+        return settings.fold_every if "fold_every" in self.given else self.fold_every(settings)[0]
 
     def _is_as_fast(self, resident: int, wanted_s: float) -> bool:
         time_s = self._step_s(resident)
@@ -330,16 +341,19 @@ class _Planner:
         mine, best = self._step_s(resident), self._step_s(most)
         if mine is None or best is None:
             return f"{most} would fit"
-        text = f"{most} would fit, and take as long ({format_seconds(best)} against {format_seconds(mine)})"
+        times = f"({format_seconds(best)} against {format_seconds(mine)})"
+        if best > AS_FAST * mine:  # downloads that are as rare are not worth it there
+            return f"{most} would fit, and take longer {times}"
+        text = f"{most} would fit, and take as long {times}"
         settings = replace(self.given.typed, resident_blocks=resident)
         prediction = self.context.predict(self.placed(settings))
         return f"{text}: the copies hide behind the GPU's work" if prediction.bottleneck == "gpu" else text
 
     def _step_s(self, resident: int) -> float | None:
         """Predicted with so many resident blocks and the `fold_every` that suits them."""
-        settings: Zo2Settings = replace(self.given.typed, resident_blocks=resident)
-        if "fold_every" not in self.given:
-            settings = replace(settings, fold_every=self.fold_every(settings)[0])
+        settings: Zo2Settings = replace(
+            self.given.typed, resident_blocks=resident, fold_every=self._downloads_every(resident)
+        )
         return self.context.step_s(self.placed(settings))
 
     def fold_every(self, settings: Zo2Settings) -> tuple[int, str]:

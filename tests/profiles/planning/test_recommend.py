@@ -330,6 +330,22 @@ def test_zo2_leaves_a_tenth_free_of_a_gpu_without_a_named_limit() -> None:
     assert free.prediction.peak_gpu_bytes < 0.9 * 16 * GB
 
 
+@pytest.mark.parametrize("vram_bytes", [None, 24 * GB])
+def test_zo2_takes_no_number_of_blocks_that_another_is_faster_than(vram_bytes: int | None) -> None:
+    """Where more blocks stay, rare downloads stop being worth it, and a step takes longer again."""
+    machine, shape = find_profile(Path("rtx-3090")), named_shape("llama-3.1-8b")
+    workload = Workload(batch_size=2, seq_len=64, dtype="fp32")
+    (chosen,) = recommend(machine, shape, workload, ["zo2"], {}, vram_bytes=vram_bytes)
+    times = []
+    for count in range(17):
+        asked = given_for_each({"zo2": {"resident_blocks": count}})
+        (other,) = recommend(machine, shape, workload, ["zo2"], asked, vram_bytes=vram_bytes)
+        times.append(other.prediction.step_s or 0.0)
+    assert chosen.prediction.step_s is not None
+    assert chosen.prediction.step_s <= AS_FAST * min(times)
+    assert "would fit, and take longer" in chosen.reasons[0]
+
+
 def test_zo2_streams_what_hides_behind_compute() -> None:
     workload = replace(FORWARD_ONLY, batch_size=16)
     chosen = plan("zo2", shape=OPT_13B, workload=workload)
