@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.resources.traffic import Traffic
+from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import LoraSettings, QloraSettings
-from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
 
 ADAPTER_LAUNCHES = 12
 """Operations of one adapted layer in a forward pass beyond its own product: casts, two products, a factor,
@@ -24,6 +27,11 @@ ADAPTER_KEEPS = 0.1
 ADAPTER_BYTES_COMPILED = 8
 """The same in compiled blocks, which fuse the casts. Estimated."""
 
+WIDE_OF_ADAPTERS = 3
+"""Of the widest states at which an adapted layer ends or begins, those that adapters add in a compiled block
+whose backward pass runs: their own part of the sum, the gradient that goes back through them, and a copy in
+which the compiler times the kernel that adds it up. Counted in torch's allocator in three jobs on an H200."""
+
 NF4_BYTES = 0.516
 """Of a weight, scales of eight bits included."""
 
@@ -38,6 +46,19 @@ def _trained_of_block(shape: ModelShape, settings: LoraSettings) -> int:
     """Of one block."""
     adapted = (m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight")))
     return sum(settings.r * (m.rows + m.columns) for m in adapted)
+
+
+def _in_block_bytes(adapted: Sequence[MatrixShape], workload: Workload, how: BlockPasses) -> int:
+    """GPU memory that adapters take in a block whose backward pass runs, one micro-batch. Without a compiler
+    each keeps its input, cast to 16 bits for it, and the last one has it in fp32, what comes out, and the
+    sum."""
+    tokens, element = workload.batch_size * workload.seq_len, BYTES_PER_ELEMENT[workload.dtype]
+    if not adapted or how.captured:
+        return 0
+    if how.compiled:
+        return WIDE_OF_ADAPTERS * element * tokens * max(max(m.rows, m.columns) for m in adapted)
+    kept = element * sum(m.columns for m in adapted) if element < 4 else 0
+    return tokens * (kept + max(4 * m.columns + 2 * element * m.rows for m in adapted))
 
 
 def lora(shape: ModelShape, workload: Workload, settings: LoraSettings) -> Traffic:
@@ -107,6 +128,11 @@ def _traffic(
             gradients=4 * total,
             passes=how,
             tensors_of_a_matrix=1 if wide == 0 else 0,
+            # Norms give fp32 where adapters run in 16 bits (autocast), and other blocks take it so.
+            more_between=transformer.hidden_bytes(shape, workload)
+            if element < 4 and transformer.normalizes_last(shape)
+            else 0,
+            more_in_block=_in_block_bytes(adapted, workload, how),
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if how.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},

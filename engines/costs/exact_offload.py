@@ -237,7 +237,8 @@ def _passes(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
 
 
 def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
-    """GPU memory at the worst of three moments: a loss, the backward pass of the last block, and the end."""
+    """GPU memory at the worst of four moments: a loss, its backward pass, that of the last block, and the
+    end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     non_block = element * shape.non_block_parameters
     on_gpu = settings.outer == "gpu"
@@ -263,16 +264,25 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     if passes.recomputed == 0 and passes.keeps_products:  # what lies between the products
         in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
+    logits = transformer.logits_bytes(shape, workload, compiled=passes.compiled)
+    tuning = transformer.TUNING_BYTES if passes.compiled else 0
+    of_head = 0 if on_gpu else element * shape.head_parameters
     moments = (
         {
             "gradients": held["gradients"] + non_block,
             "activations": saved + between,
-            "logits": transformer.logits_bytes(shape, workload, compiled=passes.compiled),
+            "logits": logits + tuning,
+        },
+        # The head's own gradient is made before it is added to what is there.
+        {
+            "gradients": held["gradients"] + non_block + of_head,
+            "activations": saved + between,
+            "logits": logits // 2 if passes.compiled else logits,
         },
         {
             "gradients": held["gradients"] + non_block + made,
             "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
-            "logits": 0,
+            "logits": tuning,
         },
         {
             "gradients": held["gradients"] + non_block + passing,

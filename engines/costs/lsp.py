@@ -80,10 +80,9 @@ all threads of an H200's host and 1.41 with half (engines/EXPERIMENTS.md), 1.1 t
 others."""
 
 
-LOSS_BYTES, LOSS_BYTES_BLOCK_MAJOR = 10, 8
-"""GPU bytes per logit at the peak of the loss, 16-bit weights and compiled blocks. Less than without them: 11
-in one job on an H200, 4 in another, and 6 to 8 in three whose weights are streamed, where nothing keeps the
-logits themselves (`tests/studies/prediction_grid_h200`)."""
+LOSS_BYTES = 10
+"""GPU bytes per logit at the peak of a loss that is not compiled where blocks are, 16-bit weights. Less than
+without them: 11 in one job on an H200, 4 in another (`tests/studies/prediction_grid_h200`)."""
 
 RESIDUAL_PASSES = 14
 """Over a matrix, reads and writes, for what its projectors leave out."""
@@ -324,17 +323,23 @@ def _gpu_memory(
     # Steps that test projectors are not compiled, and keep more.
     passes = replace(block_passes(shape, workload, settings), compiled=False)
     saved = transformer.saved_activation_bytes(shape, workload, passes)
+    again = 0
     if settings.block_major:
         saved = workload.accumulation * (saved + transformer.hidden_bytes(shape, workload))
+        if passes.recomputed:
+            again = transformer.block_activation_bytes(shape, workload)
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
         workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
         for matrix, d in zip(shape.matrices, sizes, strict=True)
     )
     moments = (
-        {"activations": saved, "logits": _logits_bytes(shape, workload, settings)},
         {
-            "activations": saved + transformer.hidden_bytes(shape, workload),
+            "activations": saved,
+            "logits": _logits_bytes(shape, workload, settings),
+        },
+        {
+            "activations": saved + again + transformer.hidden_bytes(shape, workload),
             "scratch": largest,
         },
     )
@@ -351,7 +356,9 @@ def _gpu_memory(
 
 
 def _logits_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """With blocks that all micro-batches pass together the loss is compiled too, in each step."""
+    if settings.block_major and settings.compile is not False:
+        return transformer.logits_bytes(shape, workload, compiled=True) + transformer.TUNING_BYTES
     if settings.compile is False or BYTES_PER_ELEMENT[workload.dtype] == 4:
         return transformer.logits_bytes(shape, workload)
-    each = LOSS_BYTES_BLOCK_MAJOR if settings.block_major else LOSS_BYTES
-    return each * transformer.num_logits(shape, workload)
+    return LOSS_BYTES * transformer.num_logits(shape, workload)

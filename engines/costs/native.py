@@ -141,15 +141,28 @@ def training_memory(
     gradients: int,
     passes: BlockPasses | None = None,
     tensors_of_a_matrix: int = 0,
+    more_between: int = 0,
+    more_in_block: int = 0,
 ) -> GpuMemory:
     """GPU memory of a step, and what torch's allocator takes beside.
 
     `held` is there throughout; `gradients` are freed between steps, but not between micro-batches: a CUDA
     graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
     `tensors_of_a_matrix`: how many of its size and precision there are, itself among them; 0: not known.
+    `more_between`: what a hidden state between two blocks has beside its size in the workload's precision,
+    `more_in_block` what a method has in a block whose backward pass runs.
     """
     how = passes or BlockPasses.eager(shape, workload)
     moments = _moments(shape, workload, held, gradients, how)
+    if how.compiled and not how.captured:  # a capture comes after the steps in which kernels are made
+        whole = how.loss_compiled and how.loss_tokens is None and shape.head == "causal_lm"
+        moments[0]["scratch"] = transformer.TUNING_BYTES if whole else 0
+        moments[1]["scratch"] = transformer.TUNING_BYTES
+    between_blocks = min(how.recomputed, shape.num_blocks) * more_between
+    for moment, more in zip(moments, (0, more_in_block, more_in_block), strict=False):
+        moment["activations"] += more
+    for moment in moments[:2]:
+        moment["activations"] += between_blocks
     between = lost_between_hidden_states(shape, workload, moments[0]["activations"])
     if how.captured:
         pool = int(POOL_SHARE * (moments[0]["activations"] + moments[0]["logits"]))

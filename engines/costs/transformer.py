@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.costs.resources.traffic import LayerTraffic
-from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
+from engines.shapes import BYTES_PER_ELEMENT, ENCODER_FAMILIES, ModelShape, Workload
 
 PLAIN_ELEMENTWISE_BYTES = 45
 """GPU memory traffic of norms, activations and residuals in one forward pass of a plain block (LayerNorm,
@@ -118,9 +118,13 @@ LOGIT_MOVES = 6
 """Reads and writes of a logit where a compiler fuses the loss: its product writes it, the loss reads it, the
 backward pass reads it and writes its gradient, and two products read that. Counted."""
 
-LOSS_BYTES_CHUNK = 7
-"""The same of a chunk of the loss (`engines.first_order.head_loss`) that is compiled, 16-bit weights: 6 to 9
-in three jobs under a cap on an H200 (`tests/studies/prediction_grid_h200`)."""
+TUNING_BYTES = 63_000_000
+"""GPU memory with which torch's compiler clears the second-level cache while it times kernels that it has
+just made: as large as that, 60 MiB on an H200. It is there in the first step, where a region first runs."""
+
+PADDED_TO = 8
+"""Elements of 16 bits to which torch's compiler may pad the sides of a product. It times both ways where a
+side is off that grid."""
 
 LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
 """The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
@@ -455,6 +459,13 @@ def forward_pool_bytes(shape: ModelShape, workload: Workload) -> int:
     return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
 
 
+def normalizes_last(shape: ModelShape) -> bool:
+    """Whether a block's last operation is its norm, as in BERT's family and OPT-350M."""
+    if shape.family == "opt":
+        return shape.predicts_tokens and shape.head_parameters != shape.vocabulary * shape.hidden
+    return shape.family in ENCODER_FAMILIES and shape.family != "modernbert"
+
+
 def num_logits(shape: ModelShape, workload: Workload) -> int:
     """Logits of one pass of one micro-batch, were every position labelled."""
     if shape.head == "classification":
@@ -472,10 +483,23 @@ def logits_bytes(
     count = num_logits(shape, workload)
     if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
         return count * (LOSS_BYTES_COMPILED if compiled else LOSS_BYTES_TRAINING)[workload.dtype]
-    each = LOSS_BYTES_TRAINING[workload.dtype]
-    if compiled and BYTES_PER_ELEMENT[workload.dtype] == 2:
-        each = LOSS_BYTES_CHUNK
-    return count * each * loss_tokens // tokens + hidden_bytes(shape, workload)
+    of_chunk = count * loss_tokens // tokens
+    if not compiled:
+        return of_chunk * LOSS_BYTES_TRAINING[workload.dtype] + hidden_bytes(shape, workload)
+    there = of_chunk * LOSS_BYTES_COMPILED[workload.dtype]
+    before = of_chunk * BYTES_PER_ELEMENT[workload.dtype]  # the gradient of the chunk before
+    most = max(there + before, there + TUNING_BYTES)
+    if is_off_grid(shape, workload):
+        most = max(most, padding_bytes(shape, workload, loss_tokens) + TUNING_BYTES)
+    return most + hidden_bytes(shape, workload)
+
+
+def padding_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
+    """What torch's compiler has of the output head while it times its product with `tokens` positions padded
+    and as it is: the matrix once more, padded, both positions' states, and padded logits."""
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    logits = tokens * -(-shape.vocabulary // PADDED_TO) * PADDED_TO
+    return element * (2 * shape.head_parameters + tokens * shape.hidden + logits)
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:

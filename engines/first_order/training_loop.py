@@ -82,6 +82,7 @@ class TrainingLoop:
         self.captured: CapturedPasses | None = None
         """Graphs of whole passes; `None`: there are none."""
         self._is_compiled = False
+        self._within = True
         self._share = 1.0
         self._has_replayed = False
         self._has_released = False
@@ -89,14 +90,18 @@ class TrainingLoop:
         self.is_sharded = False
         """Several ranks have parts of the weights, and act together."""
 
-    def begin(self, model: nn.Module, optimizer: Optimizer, *, only_trained: bool = False) -> None:
+    def begin(
+        self, model: nn.Module, optimizer: Optimizer, *, only_trained: bool = False, within: bool = True
+    ) -> None:
         """Train `model` from now on, whose weights are filled, as the workload says; settings that say how
         blocks run are followed as far as can be.
 
         With `only_trained` a checkpoint holds the trained parameters alone: the others are the same in every
-        run of the job.
+        run of the job. `within`: what is recomputed is so within a compiled block
+        (`engines.model.training_regions.compiled_block`).
         """
         self.model = model
+        self._within = within
         self.optimizer = optimizer
         self._only_trained = only_trained
         self.is_sharded = self.context.world.size > 1 and any(map(_has_parts, model.parameters()))
@@ -138,7 +143,11 @@ class TrainingLoop:
             return
         recomputed = settings.recomputed(len(blocks), checkpointing=self.context.workload.checkpointing)
         self._regions = TrainingRegions(
-            self.model, compiled=compiled, recomputed=recomputed, compiles_loss=self._head_loss is None
+            self.model,
+            compiled=compiled,
+            recomputed=recomputed,
+            compiles_loss=self._head_loss is None,
+            within=self._within,
         )
         self._is_compiled = compiled
 

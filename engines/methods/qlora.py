@@ -61,7 +61,9 @@ class Qlora(LoopedEngine[QloraSettings]):
         if self.context.workload.dtype != "fp32":
             run_in_bf16(model, self.loop.device)
         trained = [each for each in model.parameters() if each.requires_grad]
-        self.loop.begin(model, with_moments(make_adamw(trained, self.settings)), only_trained=True)
+        # HAZARD: within a compiled block the compiler would keep what each product of four bits gives.
+        optimizer = with_moments(make_adamw(trained, self.settings))
+        self.loop.begin(model, optimizer, only_trained=True, within=False)
 
     def _quantize(self, blueprint: Blueprint, name: str, dtype: torch.dtype) -> None:
         """Put a layer of four bits in the place of the linear layer `name`."""

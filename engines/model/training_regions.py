@@ -77,11 +77,13 @@ class TrainingRegions:
         falls_back: bool = False,
         compiles_loss: bool = True,
         keeps: Keeps = "all",
+        within: bool = True,
     ) -> None:
         """The first `recomputed` blocks are run again in the backward pass. Nothing is compiled yet: that
         happens when a block first meets inputs of a form. `falls_back`: where it fails then, blocks run
         without from that one on; else the compiler's error is the step's. `compiles_loss`: where blocks are
-        compiled, the loss over the vocabulary is, too. `keeps`: what the other blocks keep.
+        compiled, the loss over the vocabulary is, too. `keeps`: what the other blocks keep. `within`: as in
+        `compiled_block`.
 
         Raises `UserError` for a model without a row of blocks, and for one that draws random numbers and is
         to keep products alone.
@@ -104,7 +106,7 @@ class TrainingRegions:
             if keeps == "products" and index >= recomputed:
                 own = partial(run_keeping_products, block.forward)
             if compiled:
-                run = compiled_block(own, is_recomputed=index < recomputed, draws=draws)
+                run = compiled_block(own, is_recomputed=index < recomputed, draws=draws, within=within)
                 if falls_back:
                     eager = partial(recomputed_run, own, draws)
                     run = partial(self._or_eager, run, eager if index < recomputed else own)
@@ -119,7 +121,9 @@ class TrainingRegions:
             its: Any = self._model
             self._loss = its.loss_function
             loss = torch.compile(its.loss_function, dynamic=False)
-            its.loss_function = partial(self._or_eager, loss, self._loss) if falls_back else loss
+            if falls_back:
+                loss = partial(self._or_eager, partial(_in_any_step, loss), self._loss)
+            its.loss_function = loss
 
     def _or_eager(self, run: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.why_not_compiled is not None:
@@ -138,13 +142,27 @@ class TrainingRegions:
             self._model.loss_function, self._loss = self._loss, None
 
 
-def compiled_block(forward: Callable[..., Any], *, is_recomputed: bool, draws: bool) -> Callable[..., Any]:
-    """A block's `forward` through torch's compiler; `draws`: it draws random numbers."""
+def _in_any_step(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the compiled `loss` gives, also in a step whose blocks are to run without a compiler: without one
+    the loss would take three times the memory."""
+    compiler: Any = torch.compiler  # its methods are without annotations
+    with compiler.set_stance("default"):
+        return loss(*args, **kwargs)
+
+
+def compiled_block(
+    forward: Callable[..., Any], *, is_recomputed: bool, draws: bool, within: bool = True
+) -> Callable[..., Any]:
+    """A block's `forward` through torch's compiler; `draws`: it draws random numbers. Where it is recomputed,
+    the compiler sees that and leaves out what nobody needs; not `within`: it does not, and what it keeps for
+    the backward pass is let go of whatever it is."""
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_FORMS)
     # fp32 is fp32 here: what is faster and less precise is the user's to choose, as bf16.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", module="torch._inductor")
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_advice_on_checkpoints)
+    if is_recomputed and not within:
+        return partial(recomputed_run, torch.compile(forward, dynamic=False), draws)
     run = partial(recomputed_run, forward, draws) if is_recomputed else forward
     return torch.compile(run, dynamic=False)
 
