@@ -8,6 +8,7 @@ method, and no name of a method stands anywhere but here and in the method's own
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -84,6 +85,7 @@ ENGINES: dict[str, EngineEntry] = {
         several_gpus=True,
         several_machines=True,
         trains="all weights, or adapters with train=lora",
+        trains_by={"all": "all weights", "lora": "adapters"},
         masters="none: there are no states",
         on_gpu="weights",
         role="reference",
@@ -101,6 +103,7 @@ ENGINES: dict[str, EngineEntry] = {
         several_gpus=True,
         several_machines=True,
         trains="all weights, or adapters with train=lora",
+        trains_by={"all": "all weights", "lora": "adapters"},
         masters="none: there are no states",
         on_gpu="embedding, head and the blocks at work",
         on_host="the blocks, or with disk_blocks some of them on disk",
@@ -341,6 +344,16 @@ def public_engines() -> tuple[str, ...]:
 def default_engines() -> tuple[str, ...]:
     """Those that take part where none are named, in the order of the table."""
     return tuple(name for name in public_engines() if ENGINES[name].by_default)
+
+
+def what_trains(name: str, settings: Mapping[str, object]) -> str:
+    """What learns in a run of engine `name` with `settings`, of which those at their defaults may be left
+    out."""
+    row = entry(name)
+    if not row.trains_by:
+        return row.trains
+    train = str(settings.get("train", next(iter(row.trains_by))))
+    return row.trains_by.get(train, f"train={train}")
 
 
 def trains_everything(name: str) -> bool:

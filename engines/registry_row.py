@@ -79,6 +79,8 @@ class EngineEntry:
     """What most people would use: where nothing tells against it, it is the answer before other methods."""
     trains: str = "all weights"
     """What learns."""
+    trains_by: Mapping[str, str] = field(default_factory=dict)
+    """Where a setting `train` decides: what learns, by its values, its default first."""
     masters: str = "none: states in the weights' precision"
     """Master copies of what is trained, and the precision of the optimizer's states."""
     on_gpu: str = "everything"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines import entry
+from engines import entry, what_trains
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Told, where_known
 from harness.records.stats import Rounds, over_runs
 from profiles.language import translated
@@ -28,6 +28,11 @@ class MethodInShort:
     @property
     def rounds(self) -> Rounds:
         return self.all_.of(self.engine)
+
+
+def _trains(one: MethodInShort) -> str:
+    """Of its runs, which have the same settings."""
+    return translated(what_trains(one.engine, one.rounds.runs[0].plan.settings if one.rounds.runs else {}))
 
 
 def _time(one: MethodInShort) -> stated.Stated:
@@ -87,7 +92,7 @@ def _state(one: MethodInShort) -> CellValue:
 SHORT: tuple[Column[MethodInShort], ...] = (
     Column("method", lambda one: one.engine),
     Column("verdict", _state),
-    Column("trains", lambda one: translated(entry(one.engine).trains)),
+    Column("trains", _trains),
     Column("fits", lambda one: fits(one.rounds)),
     Column("job_time", lambda one: _shown_time(one), SECONDS, shown=lambda rows: _sized(rows)),
     Column("step_stated", lambda one: _shown_time(one), SECONDS, shown=lambda rows: not _sized(rows)),

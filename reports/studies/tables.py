@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines import entry
+from engines import what_trains
 from harness.quality.documents import TrialRecord
 from harness.quality.judge import MethodResult, SeedSpread
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
@@ -29,6 +29,11 @@ class StudiedMethod:
         return max((value for value in found if value is not None), default=None)
 
 
+def _trains(one: StudiedMethod) -> str:
+    settings = next(each.settings for each in one.study.plan.methods if each.name == one.result.name)
+    return translated(what_trains(one.result.engine, settings))
+
+
 def _metric_unit(metric: str) -> Unit:
     return Unit(show=lambda value: metric_text(metric, value))
 
@@ -42,7 +47,7 @@ def method_columns(study: LoadedStudy) -> tuple[Column[StudiedMethod], ...]:
     return (
         Column("method", lambda one: one.result.name),
         Column("verdict", lambda one: state_word(state_of_method(study, one.result))),
-        Column("trains", lambda one: translated(entry(one.result.engine).trains)),
+        Column("trains", _trains),
         Column("study_rate", lambda one: one.result.learning_rate, Unit(show=digits)),
         Column("study_target", reached),
         Column("study_test", lambda one: median_of(one.result.test), metric),

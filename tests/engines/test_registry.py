@@ -17,6 +17,7 @@ from engines import (
     load_engine,
     load_target,
     public_engines,
+    what_trains,
     why_not_installed,
 )
 from engines.base import Context, Engine
@@ -107,3 +108,24 @@ class TestProtocol:
         made = load_engine(name)(parse_settings(name, {}), CONTEXT)
         made.close()
         made.close()
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "learns"),
+    [
+        ("zo2", {}, "all weights"),
+        ("zo2", {"train": "lora"}, "adapters"),
+        ("mezo", {"train": "last:4"}, "train=last:4"),
+        ("native", {}, "all weights"),
+        ("lora", {"rank": 4}, "adapters, and a head that is new"),
+    ],
+)
+def test_settings_say_what_learns(engine: str, settings: dict[str, object], learns: str) -> None:
+    assert what_trains(engine, settings) == learns
+
+
+def test_a_row_names_all_that_may_learn() -> None:
+    for row in ENGINES.values():
+        if row.trains_by:
+            assert next(iter(row.trains_by.values())) in row.trains
+            assert all(what in row.trains for what in row.trains_by.values())
