@@ -18,7 +18,8 @@ asked is whether memory is enough, and their times say nothing then (they are le
 passes over cells that are not edges and have a record in FOLDER.
 
 Left out too are times of engines that have become faster since (`lsp` and `exact-offload` of before 02:10 of
-30 November). Where the card's clock was held low while a cell ran, the table says so and leaves its time out.
+30 November), and of cells that ran while other work kept the host's other cores busy (`HOST_BUSY`). Where the
+card's clock was held low while a cell ran, the table says so and leaves its time out.
 
 A cell with `edge = 1.0` runs with the smallest --vram that the planner calls enough; one with `edge = 0.95`
 runs, against the plan, with that much of it, and the same settings.
@@ -90,6 +91,11 @@ ALL_GRADIENTS_FROM = "2026-11-30T02:30"
 UNLOCKED_FROM = "2026-11-30T02:10"
 """Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms
 with 24 blocks: their times are not those of the engines of today."""
+LOSS_COMPILED_FROM = "2026-11-30T06:15"
+"""Before it `lsp` with streamed weights had logits in fp32 three times over in a step that tests projectors,
+the first of each run, and compiled blocks of `qlora` that run again kept what their products gave."""
+HOST_BUSY = ("2026-11-30T05:23", "2026-11-30T05:34")
+"""Between these tests ran on the host's other cores and its other GPU: times are no test."""
 BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
@@ -480,6 +486,7 @@ def row_of(record: Run, machine: Machine) -> Row:
         return predicted / taken if predicted and taken and record.end_state == "ok" else None
 
     of_today = BESIDE_OTHERS not in record.environment.notes and record.disturbance is None
+    of_today = of_today and not HOST_BUSY[0] <= record.time < HOST_BUSY[1]
     of_today = of_today and (record.engine not in ("lsp", "exact-offload") or record.time >= UNLOCKED_FROM)
     inside = None
     if of_today and took_s and now.step_s_low is not None and now.step_s_high is not None:
@@ -503,6 +510,8 @@ def row_of(record: Run, machine: Machine) -> Row:
 
 def needs_as_today(record: Run) -> bool:
     """Whether the GPU memory that it took is what the engine of today would take."""
+    if record.engine == "qlora" or (record.engine == "lsp" and record.plan.settings.get("weights")):
+        return record.time >= LOSS_COMPILED_FROM
     if record.engine not in ("mezo", "zo2") or record.time >= FREED_FROM:
         return True
     job = make_job(record.job, record.id)

@@ -27,18 +27,18 @@ from tests.studies.prediction_grid import (
     text_of,
 )
 
-WHEN = ("", "_evening", "_night", "_midnight", "_second_night")
+WHEN = ("", "_evening", "_night", "_midnight", "_second_night", "_morning")
 FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
 """Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
 README of the first says."""
 
-CELLS = 205
-RAN_OUT = 43
+CELLS = 290
+RAN_OUT = 72
 """Of memory."""
 NOW = {
     "step": (39, 0.0385, 0.1131),
-    "reserved GPU memory": (118, 0.0403, 0.0872),
-    "host memory": (48, 0.0164, 0.0347),
+    "reserved GPU memory": (137, 0.0323, 0.0872),
+    "host memory": (59, 0.0166, 0.0400),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
@@ -104,7 +104,7 @@ def test_little_that_ran_would_be_refused() -> None:
     ran = [
         (record, budget)
         for record, budget in records()
-        if record.end_state == "ok" and record.job["limits"]["vram_bytes"]
+        if record.end_state == "ok" and record.job["limits"]["vram_bytes"] and needs_as_today(record)
     ]
     refused = [record.id for record, budget in ran if limit_share(record, budget) > 1 / 0.95]
     assert len(refused) <= UNFIT_BUT_RAN, refused
@@ -135,4 +135,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 118 |" in done.stdout
+    assert "| reserved GPU memory | 137 |" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,47 @@ def test_a_compiled_block_keeps_what_is_counted(
         assert kept == pytest.approx(counted[keeps], rel=0.05)
     assert all(map(torch.equal, gradients["all"], gradients["products"]))
     assert [each for each in caplog.records if each.levelno >= logging.WARNING] == []
+
+
+# Both from within torch's compiler.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("within", [True, False])
+def test_a_recomputed_block_keeps_its_input_alone(within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    hidden = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.bfloat16)
+    plain: list[Tensor] = []
+    kept_bytes(small_llama(), hidden, plain)
+    model = small_llama()
+    regions = TrainingRegions(model, compiled=True, recomputed=1, within=within)
+    found: list[Tensor] = []
+    # Within, the compiler keeps what norms divide by as well, a number for each token.
+    assert kept_bytes(model, hidden, found) <= hidden.nbytes + BATCH * LENGTH * 4 * 10
+    regions.remove()
+    for each, expected in zip(found, plain, strict=True):
+        assert torch.allclose(
+            each.float(), expected.float(), rtol=0.05, atol=0.05 * float(expected.abs().max())
+        )
+
+
+def test_the_loss_is_compiled_in_steps_whose_blocks_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def backend(module: Any, inputs: Any) -> Any:
+        made.append(str(inputs[0].shape))
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model = small_llama()
+    regions = TrainingRegions(model, compiled=True, recomputed=0, falls_back=True)
+    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    compiler: Any = torch.compiler
+    with compiler.set_stance("force_eager"):
+        model(input_ids=tokens, labels=tokens)
+        assert len(made) == 1, "the loss"
+    model(input_ids=tokens, labels=tokens)
+    assert len(made) == 2, "and the block"
+    regions.remove()
 
 
 def test_a_model_that_draws_keeps_everything() -> None:
