@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from harness.quality.documents import QualityTarget, TrialRecord  # noqa: E402
 from harness.quality.judge import over_seeds  # noqa: E402
+from harness.records.learning import Evaluated  # noqa: E402
 from harness.records.run import Run, load_run  # noqa: E402
 from harness.records.stats import counted_step_s  # noqa: E402
 from reports.charts.axes import Axis  # noqa: E402
@@ -241,6 +243,47 @@ def seconds_table() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+CHOICES = ("the best accuracy", "the best mean of it and the one before", "the smallest loss")
+"""What may choose among the evaluations of a final trial; studies do so by the first."""
+
+
+def choices_table() -> Iterator[str]:
+    """Lines of Markdown: the step that each of `CHOICES` takes, in SST-2's final trials of methods with
+    gradients, and the loss on development data there."""
+    trials = [
+        trial
+        for task in ("SST-2, bf16", "SST-2, fp32")
+        for method in methods_of(task)
+        if method.label not in ("mezo", "zo2")
+        for trial in method.finals
+    ]
+    yield f"| chosen by | before step 120, of {len(trials)} trials | loss on development data there, mean |"
+    yield "| --- | ---: | ---: |"
+    for number, name in enumerate(CHOICES):
+        chosen = [_chosen(trial)[number] for trial in trials]
+        early = sum(each.step < 120 for each in chosen)
+        loss = statistics.fmean(each.metrics["loss"] for each in chosen)
+        yield f"| {name} | {early} | {loss:.4f} |"
+    yield ""
+    tested = [_chosen(trial)[0].metrics for trial in trials]
+    values = [(trial.learned.test or {})["accuracy"] for trial in trials]
+    by_accuracy, by_loss = (
+        statistics.correlation(values, [each[metric] for each in tested]) for metric in ("accuracy", "loss")
+    )
+    yield f"Correlation with test accuracy: {by_accuracy:.2f} of accuracy, {by_loss:.2f} of loss."
+
+
+def _chosen(trial: TrialRecord) -> tuple[Evaluated, Evaluated, Evaluated]:
+    """Of its evaluations after a step, by each of `CHOICES`."""
+    found = [each for each in trial.learned.evaluations if each.step]
+    pairs = pairwise(found)
+    return (
+        max(found, key=lambda each: each.metrics["accuracy"]),
+        max(pairs, key=lambda pair: sum(each.metrics["accuracy"] for each in pair))[1],
+        min(found, key=lambda each: each.metrics["loss"]),
+    )
+
+
 PICTURES = {"SST-2, bf16": "sst2.svg", "SST-2, fp32": "sst2-fp32.svg", "WikiText-2, bf16": "wikitext2.svg"}
 """Curves of these tasks' methods."""
 DRAWN = ("native", "lora", "exact-offload", "lsp, d = n/2", "lsp, d = n/4", "mezo")
@@ -315,6 +358,7 @@ def main() -> None:
         return
     for task in TASKS:
         print(f"## {task}\n", *table(task), "", *first_rung(task), "", sep="\n")
+    print("## What chooses the weights\n", *choices_table(), "", sep="\n")
     print("## Seconds\n", *seconds_table(), sep="\n")
 
 

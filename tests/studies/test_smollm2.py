@@ -14,6 +14,7 @@ from smollm2_tables import (
     TASKS,
     _steps_to,
     beside,
+    choices_table,
     first_rung,
     methods_of,
     picture,
@@ -44,6 +45,12 @@ def test_the_page_has_the_seconds_of_the_records() -> None:
     told = list(seconds_table())
     assert len(told) == 6
     for line in told:
+        assert line in lines
+
+
+def test_the_page_has_what_three_rules_would_have_chosen() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    for line in choices_table():
         assert line in lines
 
 
