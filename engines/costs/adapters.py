@@ -53,7 +53,7 @@ def _in_block_bytes(adapted: Sequence[MatrixShape], workload: Workload, how: Blo
     each keeps its input, cast to 16 bits for it, and the last one has it in fp32, what comes out, and the
     sum."""
     tokens, element = workload.batch_size * workload.seq_len, BYTES_PER_ELEMENT[workload.dtype]
-    if not adapted or how.captured:
+    if not adapted:
         return 0
     if how.compiled:
         return WIDE_OF_ADAPTERS * element * tokens * max(max(m.rows, m.columns) for m in adapted)

@@ -144,7 +144,7 @@ class TrainingRegions:
 
 def _in_any_step(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the compiled `loss` gives, also in a step whose blocks are to run without a compiler: without one
-    the loss would take three times the memory."""
+    the loss would take twice the memory."""
     compiler: Any = torch.compiler  # its methods are without annotations
     with compiler.set_stance("default"):
         return loss(*args, **kwargs)
