@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -42,6 +42,22 @@ def sentences(package: str, language: Language) -> dict[str, str]:
         for section, entries in tomllib.loads(content).items()
         for key, text in entries.items()
     }
+
+
+_JAPANESE = "[\u3001-\u303f\u3040-\u30ff\u4e00-\u9fff\uff08\uff09\uff1a]"
+
+
+def filled(text: str, values: Mapping[str, object]) -> str:
+    """`text` with its `{names}` filled in. Sentences in Japanese have a blank beside a name, as beside a
+    number or a word in Latin letters; it goes where both of its sides are Japanese."""
+    for name, value in values.items():
+        if isinstance(value, str) and value and spoken() == "ja":
+            place = re.escape(f"{{{name}}}")
+            if re.match(_JAPANESE, value[-1]):
+                text = re.sub(f"({place}) (?={_JAPANESE})", r"\1", text)
+            if re.match(_JAPANESE, value[0]):
+                text = re.sub(f"(?<={_JAPANESE}) ({place})", r"\1", text)
+    return text.format(**values)
 
 
 _NUMBER = r"[+-]?[\d.,]+(?:e[+-]?\d+)?"
@@ -145,9 +161,8 @@ def translated(text: str) -> str:
         return text
     for phrase in _phrases(spoken()):
         if found := phrase.pattern.fullmatch(text):
-            return phrase.translation.format(
-                **{name: _translated_value(name, value) for name, value in found.groupdict().items()}
-            )
+            values = {name: _translated_value(name, value) for name, value in found.groupdict().items()}
+            return filled(phrase.translation, values)
     return quantity(text)
 
 

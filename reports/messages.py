@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from profiles.language import Language, quantity, sentences, spoken
+from profiles.language import Language, filled, quantity, sentences, spoken
 
 
 def messages(language: Language = "en") -> dict[str, str]:
@@ -14,4 +14,4 @@ def say(key: str, /, **values: object) -> str:
     """The text of `key`, in the language spoken, with its names filled in. The values come out as they are:
     escape when rendering."""
     texts = {name: quantity(value) if isinstance(value, str) else value for name, value in values.items()}
-    return messages(spoken())[key].format(**texts)
+    return filled(messages(spoken())[key], texts)

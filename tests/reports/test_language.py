@@ -13,7 +13,7 @@ import pytest
 from engines import ENGINES
 from harness.records.run import load_run
 from profiles.documents import adapter
-from profiles.language import Language, quantity, sentences, speaking, translated
+from profiles.language import Language, filled, quantity, sentences, speaking, translated
 from profiles.planning.plan import Plan
 from reports.load import load_folder
 from reports.render import render_html, render_markdown, write_report, written
@@ -137,3 +137,14 @@ def test_quantities_are_written_as_is_the_custom(text: str, shown: str) -> None:
     assert quantity(text) == text
     with speaking("ja"):
         assert quantity(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "japanese"),
+    [("1.2 倍", "損失が1.2 倍以下"), ("1.2", "損失が1.2 以下"), ("元の値", "損失が元の値以下")],
+)
+def test_no_blank_between_two_japanese_words(value: str, japanese: str) -> None:
+    with speaking("ja"):
+        assert filled("損失が{value} 以下", {"value": value}) == japanese
+        assert filled("{value} の {count}", {"value": "全", "count": 3}) == "全の 3"
+    assert filled("{value} or less", {"value": value}) == f"{value} or less"
