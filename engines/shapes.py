@@ -47,6 +47,13 @@ class MatrixShape:
 ENCODER_FAMILIES = ("albert", "bert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
 """Values of `model_type` whose tokens see those after them; what is not listed counts as a decoder."""
 
+OWN_LOGITS_FAMILIES = (
+    "cohere", "cohere2", "cpmant", "gemma2", "gemma3n_text", "granite", "granitemoe", "granitemoehybrid",
+    "granitemoeshared", "nanochat", "recurrent_gemma", "vaultgemma", "xglm", "xlnet",
+)  # fmt: skip
+"""Those that scale or cap what their output matrix gives, or take a loss of their own of it: it cannot be
+computed in chunks (`engines.first_order.head_loss`)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -119,6 +126,8 @@ class Workload:
     dtype: Dtype = "bf16"
     checkpointing: bool = True
     """Recompute each block's activations in the backward pass. Without effect on forward-only methods."""
+    words_alone: bool = False
+    """The loss is over the words that stand for classes, and not the whole vocabulary: no loss in chunks."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -178,6 +178,7 @@ class Job:
             accumulation=self.accumulation,
             dtype=self.dtype,
             checkpointing=self.checkpointing,
+            words_alone=bool(self.data.template),
         )
 
 

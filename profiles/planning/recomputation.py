@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from engines.settings.given import GivenSettings
+from engines.shapes import OWN_LOGITS_FAMILIES
 from profiles.planning.budget import FREE_SHARE, why_missing
 from profiles.planning.context import AS_FAST, Choice, PlanningContext
 from profiles.units import format_seconds
@@ -100,7 +101,7 @@ def _without_graphs(context: PlanningContext, given: GivenSettings, missing: str
 def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:
     """`loss_tokens`, if with it the job fits, and as few recomputed blocks as fit then; `missing` is why it
     does not fit without."""
-    if "loss_tokens" in given or context.shape.head != "causal_lm":
+    if "loss_tokens" in given or not _has_chunks(context):
         return None
     whole = context.workload.batch_size * context.workload.seq_len
     last = (FEWEST_LOSS_TOKENS,) if context.workload.batch_size == 1 else ()
@@ -110,6 +111,12 @@ def _in_chunks(context: PlanningContext, given: GivenSettings, missing: str) -> 
             reason = f"loss_tokens={chunk}: without it the job {missing}"
             return Choice(found.settings, (reason, *found.reasons))
     return None
+
+
+def _has_chunks(context: PlanningContext) -> bool:
+    """Whether an engine can compute the loss in chunks (`engines.first_order.head_loss`)."""
+    is_plain = context.shape.head == "causal_lm" and context.shape.family not in OWN_LOGITS_FAMILIES
+    return is_plain and not context.workload.words_alone
 
 
 def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bool:

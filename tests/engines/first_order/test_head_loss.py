@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import DECODERS, family_model
 from torch import Tensor, nn
 
 import tiny_models
@@ -16,7 +17,7 @@ from engines.base import Batch, Context
 from engines.errors import UserError
 from engines.first_order.head_loss import HeadLoss
 from engines.settings.parse import parse_settings
-from engines.shapes import Dtype, Workload
+from engines.shapes import OWN_LOGITS_FAMILIES, Dtype, Workload
 from tiny_models import tiny_batches, tiny_blueprint
 
 TOKENS = 2 * 16
@@ -122,6 +123,16 @@ def test_other_heads_and_losses_are_refused() -> None:
     assert model.loss_function is own
     with pytest.raises(UserError, match="does not end in one linear layer"):
         HeadLoss(tiny_blueprint("roberta").reference, 8, compiled=False)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_family_whose_loss_has_no_chunks_is_on_the_planners_list(family: str) -> None:
+    model = family_model(family).reference().train()
+    try:
+        HeadLoss(model, 8, compiled=False)
+    except UserError:
+        assert family in OWN_LOGITS_FAMILIES
 
 
 def trained(name: str, dtype: Dtype, **settings: Any) -> tuple[list[float], Any, dict[str, Tensor]]:

@@ -179,6 +179,14 @@ def test_the_loss_is_in_chunks_where_nothing_fits_without() -> None:
     whole = given_for_each({"lora": {"loss_tokens": "all"}})
     assert not recommend(H200, shape, many, ["lora"], whole, vram_bytes=30 * GB)[0].fits
     assert "loss_tokens" not in plan("lora", shape=shape).settings
+    # What no engine can compute in chunks is not planned so: the run would be refused.
+    for its, asked in (
+        (replace(shape, family="gemma2"), many),
+        (shape, replace(many, words_alone=True)),
+    ):
+        (other,) = recommend(H200, its, asked, ["lora"], {}, vram_bytes=30 * GB)
+        assert "loss_tokens" not in other.settings
+        assert not other.fits
 
 
 # --- lsp ----------------------------------------------------------------------------------------------
