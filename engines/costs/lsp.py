@@ -177,6 +177,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
+        cpu_adam_slowdown=slowdown,
         rare=_checks(shape, settings),
         reduced_bytes=element * (cores + trained_on_gpu),
     )

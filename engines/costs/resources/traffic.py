@@ -141,6 +141,9 @@ class Traffic:
     the host at once."""
     cpu_adam_factor: float = 1.0
     """Time per element of the CPU's Adam over that of torch's fused AdamW in fp32."""
+    cpu_adam_slowdown: float = 1.0
+    """What of that is no memory traffic: arithmetic, and waiting for threads that need the same memory. A
+    factor."""
     cpu_adamw_kernel_factor: float | None = None
     """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: other code runs."""
     forwards: float = 1.0

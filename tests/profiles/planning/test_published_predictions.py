@@ -114,6 +114,19 @@ def test_nine_in_ten_took_what_their_range_says() -> None:
     assert sum(inside) >= 0.9 * len(inside)
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_no_step_was_faster_than_its_floor(folder: Path) -> None:
+    """Within 1 %: rates are a probe's median, and one profile is of another day than its runs."""
+    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
+    job = as_it_ran(job, folder.name.rpartition("_")[2])
+    for run in runs(folder):
+        if run.summary.step_s_median is None:
+            continue
+        [plan] = plan_job(job, resolve_shape(job), machine, [run.engine])
+        floor_s = plan.prediction.floor_s
+        assert floor_s is None or floor_s <= 1.01 * run.summary.step_s_median, run.engine
+
+
 # --- GPU memory: what torch reserves, and what CUDA takes beside it -------------------------------------
 
 BUDGET = budget_of(load_machine(RESULTS / "opt-13b_h200_20261124" / "machine.json"), None, None, None)
