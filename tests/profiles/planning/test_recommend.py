@@ -171,20 +171,20 @@ def test_the_command_that_checks_a_plan() -> None:
 def test_the_loss_is_in_chunks_where_nothing_fits_without() -> None:
     shape = llama("llama-8b", 4096, 14336, 32, 32, vocabulary=128256)
     many = Workload(batch_size=8, seq_len=2048, dtype="bf16")
-    (chosen,) = recommend(H200, shape, many, ["lora"], {}, vram_bytes=30 * GB)
+    (chosen,) = recommend(H200, shape, many, ["lora"], {}, vram_bytes=32 * GB)
     assert chosen.fits
     assert chosen.settings["loss_tokens"] == 1024
     (told,) = (reason for reason in chosen.reasons if reason.startswith("loss_tokens"))
     assert re.match(r"loss_tokens=1024: without it the job needs .* of GPU memory", told)
     whole = given_for_each({"lora": {"loss_tokens": "all"}})
-    assert not recommend(H200, shape, many, ["lora"], whole, vram_bytes=30 * GB)[0].fits
+    assert not recommend(H200, shape, many, ["lora"], whole, vram_bytes=32 * GB)[0].fits
     assert "loss_tokens" not in plan("lora", shape=shape).settings
     # What no engine can compute in chunks is not planned so: the run would be refused.
     for its, asked in (
         (replace(shape, family="gemma2"), many),
         (shape, replace(many, words_alone=True)),
     ):
-        (other,) = recommend(H200, its, asked, ["lora"], {}, vram_bytes=30 * GB)
+        (other,) = recommend(H200, its, asked, ["lora"], {}, vram_bytes=32 * GB)
         assert "loss_tokens" not in other.settings
         assert not other.fits
 
