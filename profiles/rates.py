@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from engines.costs.exact_offload import FUSED_ADAM_BYTES, adam_bytes
-from engines.costs.resources.traffic import Traffic
+from engines.costs.exact_offload import adam_bytes
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES, Traffic
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Gpu, Machine
 

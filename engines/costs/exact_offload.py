@@ -35,7 +35,7 @@ from engines.costs import transformer
 from engines.costs.lsp import NORM_BYTES
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, Traffic
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES, GpuMemory, LayerTraffic, Overlap, Traffic
 from engines.settings.exact_offload import MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -56,11 +56,6 @@ LEAST_GRADIENT_BLOCKS = 4
 LAUNCHES = 140
 """Per block, in operations without autograd: Python around its chunks, events and the CPU's queue.
 On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
-
-FUSED_ADAM_BYTES = 28
-"""Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed. Ours counts
-at the same bytes per second, beside copies and threads that start kernels: 0.84 of that time in the record of
-deepseek-coder of 29 November (reports/results), where nothing else used the host's memory."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""

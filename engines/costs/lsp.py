@@ -22,7 +22,14 @@ from engines.costs.native import (
     block_passes,
     workspaces,
 )
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Overlap, RareWork, Traffic
+from engines.costs.resources.traffic import (
+    FUSED_ADAM_BYTES,
+    GpuMemory,
+    LayerTraffic,
+    Overlap,
+    RareWork,
+    Traffic,
+)
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
 from engines.shapes import BYTES_PER_ELEMENT, MatrixShape, ModelShape, Workload
@@ -176,7 +183,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         divided="updates",
         pinned_bytes=sum(size for kind, size in host.items() if kind.endswith(", pinned")),
         overlap=offloaded if settings.offload else "serial",
-        cpu_adam_factor=core_adam_bytes(element, settings) / 28 * slowdown,
+        cpu_adam_factor=core_adam_bytes(element, settings) / FUSED_ADAM_BYTES * slowdown,
         cpu_adam_slowdown=slowdown,
         rare=_checks(shape, settings),
         reduced_bytes=element * (cores + trained_on_gpu),

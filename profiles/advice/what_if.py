@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.costs.exact_offload import FUSED_ADAM_BYTES
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES
 from engines.shapes import Workload
 from profiles.advice import words
 from profiles.advice.outlook import BestMethod, JobToPlan, Outlook, outlook

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engines.costs.exact_offload import FUSED_ADAM_BYTES
 from engines.costs.resources.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
-from engines.costs.resources.traffic import LayerTraffic, Traffic
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES, LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Machine

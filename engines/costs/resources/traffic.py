@@ -13,6 +13,11 @@ Overlap = Literal[
 ]  # fmt: skip
 """How a method's use of the resources overlaps in a step; `overlap` beside this module has their times."""
 
+FUSED_ADAM_BYTES = 28
+"""Host memory traffic per element of torch's fused AdamW in fp32, by which machines are probed. Ours counts
+at the same bytes per second, beside copies and threads that start kernels: 0.84 of that time in the record of
+deepseek-coder of 29 November (reports/results), where nothing else used the host's memory."""
+
 
 class LayerTraffic(NamedTuple):
     """What one layer asks of each resource in one step. `embedding` and `head` count as layers.

@@ -27,7 +27,7 @@ from known_shapes import (
 from settings_given import given_for_each
 
 from engines import entry
-from engines.costs.exact_offload import FUSED_ADAM_BYTES
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES
 from engines.costs.table import traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES, PROCESS_HOST_BYTES_WITHOUT_GPU
 from engines.costs.zo2 import resident_indices
