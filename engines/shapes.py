@@ -6,11 +6,7 @@ A model is an embedding, like blocks one after the other, and a head.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 """Precision of the weights and of the forward pass."""
@@ -136,6 +132,10 @@ class Workload:
     @property
     def examples_per_step(self) -> int:
         return self.batch_size * self.accumulation
+
+    def hidden_bytes(self, shape: ModelShape) -> int:
+        """Hidden states of one micro-batch between two blocks."""
+        return self.batch_size * self.seq_len * shape.hidden * BYTES_PER_ELEMENT[self.dtype]
 
     def of_a_rank(self, ranks: int) -> Workload:
         """What the one of so many processes with the most to do computes of a step: a micro-batch at least,

@@ -129,7 +129,7 @@ def _traffic(
             passes=how,
             tensors_of_a_matrix=1 if wide == 0 else 0,
             # Norms give fp32 where adapters run in 16 bits (autocast), and other blocks take it so.
-            more_between=transformer.hidden_bytes(shape, workload)
+            more_between=workload.hidden_bytes(shape)
             if element < 4 and transformer.normalizes_last(shape)
             else 0,
             more_in_block=_in_block_bytes(adapted, workload, how),

@@ -172,7 +172,7 @@ def _gpu_memory_bytes(
     else:
         scratch = transformer.largest_matrix_parameters(shape) + transformer.vector_parameters(shape)
     adapters = adapter_parameters(shape, settings)
-    hidden = transformer.hidden_bytes(shape, prefill)
+    hidden = prefill.hidden_bytes(shape)
     places = decoding.batch_size * decoding.cache_tokens
     grouped = shape.num_kv_heads < shape.num_heads
     repeated = 2 * places * shape.hidden * element if grouped else 0

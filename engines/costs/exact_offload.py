@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engines.costs import transformer
+from engines.costs import loss, transformer
 from engines.costs.lsp import NORM_BYTES
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
@@ -126,7 +126,7 @@ def hidden_away_bytes(shape: ModelShape, workload: Workload, settings: ExactOffl
     if settings.hidden_states == "gpu" or not settings.offload:
         return 0
     blocks = max(0, shape.num_blocks - 1 - STAYING_INPUTS)
-    return workload.accumulation * blocks * transformer.hidden_bytes(shape, workload)
+    return workload.accumulation * blocks * workload.hidden_bytes(shape)
 
 
 def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[int]:
@@ -146,7 +146,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     uploads = uploads_per_step(shape.num_blocks, settings)
     hidden = 0
     if settings.hidden_states == "host" and settings.offload:
-        hidden = workload.accumulation * transformer.hidden_bytes(shape, workload)
+        hidden = workload.accumulation * workload.hidden_bytes(shape)
     layers = [
         _layer(layer, shape, element, settings, uploads, hidden)
         for layer in transformer.training_layers(shape, workload, passes)
@@ -248,7 +248,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     }
     passes = _passes(shape, workload, settings)
     saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
-    between = workload.accumulation * transformer.hidden_bytes(shape, workload)
+    between = workload.accumulation * workload.hidden_bytes(shape)
     # One goes down, one is used, one comes up.
     recomputed = min(passes.recomputed, shape.num_blocks)
     away = min(hidden_away_bytes(shape, workload, settings), recomputed * between)
@@ -259,9 +259,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
     if passes.recomputed == 0 and passes.keeps_products:  # what lies between the products
         in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
-    logits = transformer.logits_bytes(shape, workload, compiled=passes.compiled)
-    tuning = transformer.TUNING_BYTES if passes.compiled else 0
-    off_grid = transformer.is_off_grid(shape, workload)
+    logits = loss.logits_bytes(shape, workload, compiled=passes.compiled)
+    tuning = loss.TUNING_BYTES if passes.compiled else 0
+    off_grid = loss.is_off_grid(shape, workload)
     of_head = 0 if on_gpu else element * shape.head_parameters
     moments = (
         {
@@ -278,7 +278,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
         {
             "gradients": held["gradients"] + non_block + made,
-            "activations": saved + between + in_backward + transformer.hidden_bytes(shape, workload),
+            "activations": saved + between + in_backward + workload.hidden_bytes(shape),
             "logits": tuning,
         },
         {

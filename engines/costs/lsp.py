@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from engines.costs import transformer
+from engines.costs import loss, transformer
 from engines.costs.native import (
     ADAM_PASSES,
     ADAM_SLOWDOWN,
@@ -338,7 +338,7 @@ def _gpu_memory(
     saved = transformer.saved_activation_bytes(shape, workload, passes)
     again = 0
     if settings.block_major:
-        saved = workload.accumulation * (saved + transformer.hidden_bytes(shape, workload))
+        saved = workload.accumulation * (saved + workload.hidden_bytes(shape))
         if passes.recomputed:
             again = transformer.block_activation_bytes(shape, workload)
     # A check forms the gradient, and holds three of its size in fp32.
@@ -352,7 +352,7 @@ def _gpu_memory(
             "logits": _logits_bytes(shape, workload, settings),
         },
         {
-            "activations": saved + again + transformer.hidden_bytes(shape, workload),
+            "activations": saved + again + workload.hidden_bytes(shape),
             "scratch": largest,
         },
     )
@@ -371,8 +371,8 @@ def _gpu_memory(
 def _logits_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
     """With blocks that all micro-batches pass together the loss is compiled too, in each step."""
     if settings.block_major and settings.compile is not False:
-        each = max(LOSS_BYTES_BLOCK_MAJOR, transformer.LOSS_BYTES_COMPILED[workload.dtype])
-        return each * transformer.num_logits(shape, workload) + transformer.TUNING_BYTES
+        each = max(LOSS_BYTES_BLOCK_MAJOR, loss.LOSS_BYTES_COMPILED[workload.dtype])
+        return each * loss.num_logits(shape, workload) + loss.TUNING_BYTES
     if settings.compile is False or BYTES_PER_ELEMENT[workload.dtype] == 4:
-        return transformer.logits_bytes(shape, workload)
-    return LOSS_BYTES * transformer.num_logits(shape, workload)
+        return loss.logits_bytes(shape, workload)
+    return LOSS_BYTES * loss.num_logits(shape, workload)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engines.costs import transformer
+from engines.costs import loss, transformer
 from engines.costs.quantized import block_bytes
 from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
@@ -170,7 +170,7 @@ def perturbed_layers(
     passes = settings.forward_passes
     drawn = passes - settings.has_clean_pass
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
-    chunks, _ = transformer.head_chunks(shape, workload)
+    chunks, _ = loss.head_chunks(shape, workload)
     first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
     last = _visited(last, update(settings), updated, settings.queries, workload)
     probes = settings.queries * workload.accumulation
@@ -300,7 +300,7 @@ def _visited(
 def hidden_state_bytes(shape: ModelShape, workload: Workload, settings: MezoSettings) -> list[int]:
     """Of each hidden state that a step has between two blocks: of every micro-batch and every probe, whose
     sides lie together."""
-    one = transformer.hidden_bytes(shape, workload)
+    one = workload.hidden_bytes(shape)
     clean = [one] * (settings.has_clean_pass * workload.accumulation)
     sides = 1 if settings.is_one_sided else 2
     return clean + [sides * one] * (settings.queries * workload.accumulation)
@@ -340,10 +340,10 @@ def gpu_memory(
     one_sided = settings.is_one_sided
     scratch = element * ((1 if adapters or one_sided else 2) * visited + 2 * adapters)
     _, trained_head = trained_non_block_parameters(shape, settings)
-    head_scratch = transformer.head_scratch_bytes(shape, workload) if trained_head else 0
+    head_scratch = loss.head_scratch_bytes(shape, workload) if trained_head else 0
     hidden = sum(hidden_state_bytes(shape, workload, settings)) if hidden_bytes is None else hidden_bytes
     # A graph has its input at a place of its own.
-    hidden += 2 * as_graphs * transformer.hidden_bytes(shape, workload)
+    hidden += 2 * as_graphs * workload.hidden_bytes(shape)
     kept = {**held}
     if adapters:
         kept["adapters"] = element * shape.num_blocks * adapters
@@ -359,8 +359,8 @@ def gpu_memory(
         {
             **kept,
             "scratch": scratch + head_scratch,
-            "activations": hidden + 2 * 2 * transformer.hidden_bytes(shape, workload),
-            "logits": transformer.chunked_logits_bytes(shape, workload, has_triton=has_triton),
+            "activations": hidden + 2 * 2 * workload.hidden_bytes(shape),
+            "logits": loss.chunked_logits_bytes(shape, workload, has_triton=has_triton),
         }
         for has_triton in (True, False)
     )

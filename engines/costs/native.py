@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from engines.costs import transformer
+from engines.costs import loss, transformer
 from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
@@ -156,8 +156,8 @@ def training_memory(
     moments = _moments(shape, workload, held, gradients, how)
     if how.compiled and not how.captured:  # a capture comes after the steps in which kernels are made
         whole = how.loss_compiled and how.loss_tokens is None and shape.head == "causal_lm"
-        moments[0]["scratch"] = transformer.TUNING_BYTES if whole else 0
-        moments[1]["scratch"] = transformer.TUNING_BYTES
+        moments[0]["scratch"] = loss.TUNING_BYTES if whole else 0
+        moments[1]["scratch"] = loss.TUNING_BYTES
     between_blocks = min(how.recomputed, shape.num_blocks) * more_between
     for moment, more in zip(moments, (0, more_in_block, more_in_block), strict=False):
         moment["activations"] += more
@@ -200,7 +200,7 @@ def _moments(
     if how.loss_tokens is not None and shape.head == "causal_lm":
         early = max(early, of_head)  # which a loss in chunks makes with the logits
     saved = transformer.saved_activation_bytes(shape, workload, how)
-    hidden = transformer.hidden_bytes(shape, workload)
+    hidden = workload.hidden_bytes(shape)
     of_block = transformer.backward_activation_bytes(shape, workload, compiled=how.compiled)
     # Of an eager block more is counted as kept than is there at once.
     wide = transformer.wide_gradient_bytes(shape, workload) if how.compiled else 0
@@ -214,7 +214,7 @@ def _moments(
         **held,
         "gradients": early,
         "activations": saved,
-        "logits": transformer.logits_bytes(shape, workload, how.loss_tokens, compiled=how.compiled),
+        "logits": loss.logits_bytes(shape, workload, how.loss_tokens, compiled=how.compiled),
     }
     in_last = {
         **held,
@@ -277,7 +277,7 @@ def _segments_of(sizes: tuple[int, ...], times: int) -> int:
 def lost_between_hidden_states(shape: ModelShape, workload: Workload, activations: int) -> int:
     """The same of the hidden states among `activations` bytes that a block keeps: of each segment what is
     left when no whole one fits any more."""
-    hidden = transformer.hidden_bytes(shape, workload)
+    hidden = workload.hidden_bytes(shape)
     if not SMALL_BYTES < hidden <= SEGMENT_BYTES // 2:
         return 0
     unused = 1 - SEGMENT_BYTES // hidden * hidden / SEGMENT_BYTES

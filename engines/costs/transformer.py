@@ -1,4 +1,5 @@
-"""What every method pays: floating-point operations, activations and logits of a transformer.
+"""What every method pays: floating-point operations and activations of a transformer; `loss` beside this
+module has the memory of its logits.
 
 Counts follow Korthikanti et al. (2205.05198) and hold for any Hugging Face model of the shape. A layer
 is the embedding, one block or the head; counts are per optimizer step, all micro-batches together,
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engines.costs import loss
 from engines.costs.resources.traffic import LayerTraffic
 from engines.shapes import BYTES_PER_ELEMENT, ENCODER_FAMILIES, ModelShape, Workload
 
@@ -105,37 +107,6 @@ running log-sum-exp, and the Python around them. Counted in `engines.zeroth_orde
 ATTENTION_PLACES = 5
 """Tensors of the size of a hidden state that attention has at once."""
 
-LOSS_BYTES_TRAINING = {"fp32": 16, "bf16": 14, "fp16": 14}
-"""GPU bytes per logit at the peak of cross-entropy's backward pass: the logits, their log-softmax in fp32,
-its gradient and the gradient of its input. Fits the torch peaks of torchao with offloaded gradients on an
-H200, 4.9 and 16.3 GB at 1.3B and 6.7B."""
-
-LOSS_BYTES_COMPILED = {"fp32": 8, "bf16": 4, "fp16": 4}
-"""The same where a compiler fuses the loss: the logits and their gradient. `exact-offload`'s tensors at 1.3B
-took 5.66 GB on an H200 (reports/results, 29 November), of which 5.27 are counted without logits."""
-
-LOGIT_MOVES = 6
-"""Reads and writes of a logit where a compiler fuses the loss: its product writes it, the loss reads it, the
-backward pass reads it and writes its gradient, and two products read that. Counted."""
-
-TUNING_BYTES = 63_000_000
-"""GPU memory with which torch's compiler clears the second-level cache while it times kernels that it has
-just made: as large as that, 60 MiB on an H200. It is there in the first step, where a region first runs."""
-
-PADDED_TO = 8
-"""Elements of 16 bits to which torch's compiler may pad the sides of a product. It times both ways where a
-side is off that grid."""
-
-LOSS_BYTES_FORWARD = {"fp32": 8, "bf16": 10, "fp16": 10}
-"""The same without a backward pass: logits, their fp32 copy and the exponentials. With Triton a language
-model's head needs the logits themselves only."""
-
-HEAD_CHUNK_BYTES = 32_000_000
-"""Weights of the output head that `engines.zeroth_order.chunked_loss` perturbs at a time, on each side."""
-
-HEAD_TOKENS = 4096
-"""Tokens whose logits it computes at a time."""
-
 PROCESS_HOST_BYTES = 1_700_000_000
 """Host memory of Python with torch and CUDA loaded: what native runs held on an H200 machine."""
 
@@ -174,12 +145,6 @@ def head_forward_flops(shape: ModelShape, workload: Workload) -> float:
     if shape.head == "classification":
         positions //= workload.seq_len
     return 2.0 * shape.head_parameters * positions
-
-
-def is_off_grid(shape: ModelShape, workload: Workload) -> bool:
-    """Whether rows of logits begin where a 16-bit product cannot read 16 bytes at once: GPT-2's 50257 are
-    odd. Forward-only methods take the vocabulary in chunks that lie on the grid."""
-    return shape.predicts_tokens and BYTES_PER_ELEMENT[workload.dtype] == 2 and shape.vocabulary % 8 != 0
 
 
 def model_flops(shape: ModelShape, workload: Workload, passes: float) -> float:
@@ -276,8 +241,8 @@ def training_layers(
         name="head",
         gpu_forward_flops=head,
         gpu_backward_flops=2 * head,
-        off_grid_flops=3 * head if is_off_grid(shape, workload) else 0.0,
-        gpu_bytes=workload.accumulation * _loss_traffic_bytes(shape, workload, how),
+        off_grid_flops=3 * head if loss.is_off_grid(shape, workload) else 0.0,
+        gpu_bytes=workload.accumulation * loss.moved_bytes(shape, workload, compiled=how.loss_compiled),
     )
     last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
@@ -286,13 +251,6 @@ def training_layers(
         for index in range(shape.num_blocks)
     ]
     return [LayerTraffic(name="embedding"), *blocks, last]
-
-
-def _loss_traffic_bytes(shape: ModelShape, workload: Workload, how: BlockPasses) -> float:
-    """GPU memory traffic of the loss and its backward pass, one micro-batch."""
-    if how.loss_compiled:
-        return LOGIT_MOVES * BYTES_PER_ELEMENT[workload.dtype] * float(num_logits(shape, workload))
-    return 2.0 * logits_bytes(shape, workload)
 
 
 def _training_block(
@@ -352,10 +310,10 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         graph_kernels=kernels * workload.accumulation,
         launches=launches * workload.accumulation,
     )
-    of_vocabulary, of_tokens = head_chunks(shape, workload)
+    of_vocabulary, of_tokens = loss.head_chunks(shape, workload)
     # Logits are written by the product and read once by the loss.
     logit_bytes = (
-        2.0 * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation * num_logits(shape, workload)
+        2.0 * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation * loss.num_logits(shape, workload)
     )
     last = LayerTraffic(
         name="head",
@@ -371,11 +329,6 @@ def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> 
     """An embedding, which costs next to nothing, the blocks and the head."""
     blocks = [block._replace(name=f"block.{index}") for index in range(shape.num_blocks)]
     return [LayerTraffic(name="embedding"), *blocks, head]
-
-
-def hidden_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Hidden states of one micro-batch between two blocks."""
-    return workload.batch_size * workload.seq_len * shape.hidden * BYTES_PER_ELEMENT[workload.dtype]
 
 
 def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:
@@ -424,12 +377,12 @@ def saved_activation_bytes(shape: ModelShape, workload: Workload, passes: BlockP
     of_kept = block_activation_bytes(shape, workload, compiled=how.compiled)
     if how.keeps_products:
         of_kept = min(of_kept, product_activation_bytes(shape, workload))
-    return recomputed * hidden_bytes(shape, workload) + (shape.num_blocks - recomputed) * of_kept
+    return recomputed * workload.hidden_bytes(shape) + (shape.num_blocks - recomputed) * of_kept
 
 
 def backward_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:
     """Activations while the last gradients are made: those of one block, recomputed or kept."""
-    return hidden_bytes(shape, workload) + block_activation_bytes(shape, workload, compiled=compiled)
+    return workload.hidden_bytes(shape) + block_activation_bytes(shape, workload, compiled=compiled)
 
 
 def wide_gradient_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -464,77 +417,6 @@ def normalizes_last(shape: ModelShape) -> bool:
     if shape.family == "opt":
         return shape.predicts_tokens and shape.head_parameters != shape.vocabulary * shape.hidden
     return shape.family in ENCODER_FAMILIES and shape.family != "modernbert"
-
-
-def num_logits(shape: ModelShape, workload: Workload) -> int:
-    """Logits of one pass of one micro-batch, were every position labelled."""
-    if shape.head == "classification":
-        return workload.batch_size * shape.num_labels
-    outputs = shape.vocabulary if shape.predicts_tokens else shape.num_labels
-    return workload.batch_size * workload.seq_len * outputs
-
-
-def logits_bytes(
-    shape: ModelShape, workload: Workload, loss_tokens: int | None = None, *, compiled: bool = False
-) -> int:
-    """Logits and what the loss and its backward pass make of them, one micro-batch; with `loss_tokens` those
-    of so many positions, and what all positions' hidden states get as gradient."""
-    tokens = workload.batch_size * workload.seq_len
-    count = num_logits(shape, workload)
-    if loss_tokens is None or loss_tokens >= tokens or shape.head != "causal_lm":
-        return count * (LOSS_BYTES_COMPILED if compiled else LOSS_BYTES_TRAINING)[workload.dtype]
-    of_chunk = count * loss_tokens // tokens
-    if not compiled:
-        return of_chunk * LOSS_BYTES_TRAINING[workload.dtype] + hidden_bytes(shape, workload)
-    there = of_chunk * LOSS_BYTES_COMPILED[workload.dtype]
-    before = of_chunk * BYTES_PER_ELEMENT[workload.dtype]  # the gradient of the chunk before
-    most = max(there + before, there + TUNING_BYTES)
-    if is_off_grid(shape, workload):
-        most = max(most, padding_bytes(shape, workload, loss_tokens) + TUNING_BYTES)
-    return most + hidden_bytes(shape, workload)
-
-
-def padding_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
-    """What torch's compiler has of the output head while it times its product with `tokens` positions padded
-    and as it is: the matrix once more, padded, both positions' states, and padded logits."""
-    element = BYTES_PER_ELEMENT[workload.dtype]
-    logits = tokens * -(-shape.vocabulary // PADDED_TO) * PADDED_TO
-    return element * (2 * shape.head_parameters + tokens * shape.hidden + logits)
-
-
-def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
-    """Chunks of the vocabulary and of the tokens in which forward-only methods compute the logits."""
-    if shape.head != "causal_lm":
-        return 1, 1
-    rows, tokens = _logits_at_once(shape, workload)
-    return -(-shape.vocabulary // rows), -(-workload.batch_size * workload.seq_len // tokens)
-
-
-def chunked_logits_bytes(shape: ModelShape, workload: Workload, *, has_triton: bool) -> int:
-    """Logits that are there at once in a forward-only method, one side's, and what the loss makes of them."""
-    per_logit = LOSS_BYTES_FORWARD[workload.dtype]
-    if shape.head != "causal_lm":
-        return num_logits(shape, workload) * per_logit
-    if has_triton:
-        per_logit = BYTES_PER_ELEMENT[workload.dtype]
-    rows, tokens = _logits_at_once(shape, workload)
-    return rows * tokens * per_logit
-
-
-def head_scratch_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Both perturbed copies of what is perturbed of the head at a time."""
-    element = BYTES_PER_ELEMENT[workload.dtype]
-    if shape.head != "causal_lm":
-        return 2 * element * shape.head_parameters
-    rows, _ = _logits_at_once(shape, workload)
-    return 2 * element * rows * (shape.head_parameters // shape.vocabulary)
-
-
-def _logits_at_once(shape: ModelShape, workload: Workload) -> tuple[int, int]:
-    """Rows of the vocabulary, and tokens. The engine takes the rows down to whole tiles of noise."""
-    row_bytes = BYTES_PER_ELEMENT[workload.dtype] * (shape.head_parameters // shape.vocabulary)
-    rows = min(shape.vocabulary, max(1, HEAD_CHUNK_BYTES // row_bytes))
-    return rows, min(HEAD_TOKENS, workload.batch_size * workload.seq_len)
 
 
 def peak_moment(moments: Sequence[dict[str, int]]) -> dict[str, int]:

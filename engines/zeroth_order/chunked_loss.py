@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch
-from engines.costs.transformer import HEAD_CHUNK_BYTES, HEAD_TOKENS
+from engines.costs.loss import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.kernels.triton_launch import has_triton
 from engines.model.blocks import BlockDriver, sent
 from engines.model.label_words import classifies_by_words

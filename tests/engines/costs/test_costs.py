@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama, opt
 
-from engines.costs import mezo, transformer
+from engines.costs import loss, mezo, transformer
 from engines.costs.lsp import core_elements
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
@@ -122,17 +122,17 @@ def test_a_classification_head_sees_one_position_per_sequence() -> None:
     shape = replace(TINY, head="classification", num_labels=2, head_parameters=64 * 64 + 2 * 64)
     workload = Workload(batch_size=8, seq_len=32, dtype="fp32")
     assert transformer.head_forward_flops(shape, workload) == 2 * (64 * 64 + 2 * 64) * 8
-    assert transformer.logits_bytes(shape, workload) == 8 * 2 * 16
+    assert loss.logits_bytes(shape, workload) == 8 * 2 * 16
 
 
 def test_a_question_answering_head_sees_every_position() -> None:
     shape = replace(TINY, head="question_answering", num_labels=2, head_parameters=2 * 64)
     workload = Workload(batch_size=8, seq_len=32, dtype="fp32")
     assert transformer.head_forward_flops(shape, workload) == 2 * (2 * 64) * 8 * 32
-    assert transformer.logits_bytes(shape, workload) == 8 * 32 * 2 * 16
-    assert transformer.head_chunks(shape, workload) == (1, 1)
-    assert transformer.chunked_logits_bytes(shape, workload, has_triton=True) == 8 * 32 * 2 * 8
-    assert transformer.head_scratch_bytes(shape, workload) == 2 * 4 * 2 * 64
+    assert loss.logits_bytes(shape, workload) == 8 * 32 * 2 * 16
+    assert loss.head_chunks(shape, workload) == (1, 1)
+    assert loss.chunked_logits_bytes(shape, workload, has_triton=True) == 8 * 32 * 2 * 8
+    assert loss.head_scratch_bytes(shape, workload) == 2 * 4 * 2 * 64
 
 
 def test_activations_follow_the_published_formulas() -> None:
@@ -344,7 +344,7 @@ def test_exact_offload_holds_two_bytes_a_parameter_and_three_blocks_of_gradients
     assert four.h2d_bytes == cost("exact-offload", DEEPSEEK_7B, TRAINING).h2d_bytes
     kept = cost("exact-offload", DEEPSEEK_7B, TRAINING, checkpointed_blocks=30).gpu_memory_bytes
     activation = transformer.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
-    hidden = transformer.hidden_bytes(DEEPSEEK_7B, TRAINING)
+    hidden = TRAINING.hidden_bytes(DEEPSEEK_7B)
     assert kept["activations"] - kinds["activations"] == pytest.approx(2 * (activation - hidden), abs=1)
 
 
@@ -400,7 +400,7 @@ def test_several_micro_batches_share_perturbed_copies_of_a_whole_block() -> None
             cost(engine, OPT_13B, replace(FORWARD_ONLY, accumulation=n)).gpu_memory_bytes for n in (1, 4)
         )
         assert four["scratch"] == 2 * 2 * OPT_13B.block_parameters > once["scratch"]
-        hidden = transformer.hidden_bytes(OPT_13B, FORWARD_ONLY)
+        hidden = FORWARD_ONLY.hidden_bytes(OPT_13B)
         assert four["activations"] - once["activations"] == 3 * 2 * hidden
 
 
@@ -498,16 +498,16 @@ def test_resident_low_bit_blocks_keep_the_turns_of_the_others() -> None:
 
 
 def test_logits_are_there_in_chunks() -> None:
-    rows = transformer.HEAD_CHUNK_BYTES // (2 * 5120)
-    assert transformer.head_scratch_bytes(OPT_13B, FORWARD_ONLY) == 2 * rows * 2 * 5120
-    assert transformer.chunked_logits_bytes(OPT_13B, FORWARD_ONLY, has_triton=False) == 2048 * rows * 10
-    assert transformer.chunked_logits_bytes(OPT_13B, FORWARD_ONLY, has_triton=True) == 2048 * rows * 2
-    assert transformer.head_chunks(OPT_13B, FORWARD_ONLY) == (math.ceil(50272 / rows), 1)
+    rows = loss.HEAD_CHUNK_BYTES // (2 * 5120)
+    assert loss.head_scratch_bytes(OPT_13B, FORWARD_ONLY) == 2 * rows * 2 * 5120
+    assert loss.chunked_logits_bytes(OPT_13B, FORWARD_ONLY, has_triton=False) == 2048 * rows * 10
+    assert loss.chunked_logits_bytes(OPT_13B, FORWARD_ONLY, has_triton=True) == 2048 * rows * 2
+    assert loss.head_chunks(OPT_13B, FORWARD_ONLY) == (math.ceil(50272 / rows), 1)
     long = replace(FORWARD_ONLY, batch_size=8)
-    assert transformer.chunked_logits_bytes(OPT_13B, long, has_triton=False) == 4096 * rows * 10
-    assert transformer.head_chunks(OPT_13B, long) == (math.ceil(50272 / rows), 4)
+    assert loss.chunked_logits_bytes(OPT_13B, long, has_triton=False) == 4096 * rows * 10
+    assert loss.head_chunks(OPT_13B, long) == (math.ceil(50272 / rows), 4)
     # A small vocabulary is one chunk.
-    assert transformer.head_scratch_bytes(TINY, TRAINING) == 2 * 2 * TINY.head_parameters
+    assert loss.head_scratch_bytes(TINY, TRAINING) == 2 * 2 * TINY.head_parameters
 
 
 def test_scripted_costs_its_script() -> None:
