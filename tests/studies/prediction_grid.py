@@ -14,8 +14,9 @@ that a copy does not touch are not in its host memory, some 0.3 GB, so host memo
 several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors.
 
 With `--edges-at-once 4` the edges come first, four at a time, each held to its own --vram: what they are
-asked is whether memory is enough, and their times say nothing then (they are left out of the table). `--skip`
-passes over cells that are not edges and have a record in FOLDER.
+asked is whether memory is enough, and their times say nothing then (they are left out of the table). Each run
+of an edge compiles anew, into an empty folder: one that found its kernels timed by another would need less.
+`--skip` passes over cells that are not edges and have a record in FOLDER.
 
 Left out too are times of engines that have become faster since (`lsp` and `exact-offload` of before 02:10 of
 30 November), and of cells that ran while other work kept the host's other cores busy (`HOST_BUSY`). Where the
@@ -31,6 +32,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -99,6 +101,8 @@ HOST_BUSY = ("2026-11-30T05:23", "2026-11-30T05:34")
 BESIDE_OTHERS = "other runs had the same GPU"
 EDGE_STEP = 10_000_000
 """Edges are found to this many bytes."""
+COMPILED = "compiled"
+"""In the folder of a run that compiles apart: what torch's compiler makes and what it times."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +250,7 @@ def serve() -> None:
         if pid == 0:
             code = 1
             try:
+                compile_apart(folder)
                 log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT, 0o644)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
@@ -258,16 +263,34 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
+def make_folder(folder: Path, request: Request, *, apart: bool) -> None:
+    """Of a run; one that compiles `apart` finds nothing that an earlier attempt has compiled or timed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "request.json").write_text(to_json(request), encoding="utf-8")
+    if apart:
+        shutil.rmtree(folder / COMPILED, ignore_errors=True)
+        (folder / COMPILED).mkdir()
+
+
+def compile_apart(folder: Path) -> None:
+    """Lets torch's compiler keep what it makes in the run's folder, if the run is to compile apart.
+
+    Kernels of Triton that engines start themselves may come from Triton's own cache: nothing times them, so
+    that a run needs the same memory either way, and compiling them one by one would cost each run seconds.
+    """
+    if (folder / COMPILED).is_dir():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / COMPILED)
+        os.environ.pop("TRITON_CACHE_DIR", None)  # torch has its kernels of Triton in its own folder then
+
+
 class Server:
     """The loaded process, started anew where it was lost."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def outcome(self, request: Request, folder: Path, *, alone: bool = True) -> Outcome:
-        """Of one run in a copy of the loaded process; not `alone`: others have the GPU too."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "request.json").write_text(to_json(request), encoding="utf-8")
+    def outcome(self, folder: Path, *, alone: bool = True) -> Outcome:
+        """Of the run in `folder`, in a copy of the loaded process; not `alone`: others have the GPU too."""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -383,7 +406,9 @@ class Running:
             id=cell.name, job=job, shape=resolve_shape(job), plan=plan,
             emulated=emulated_link(planned_for, cell),
         )  # fmt: skip
-        outcome = server.outcome(request, self.out / ".work" / cell.name, alone=alone)
+        folder = self.out / ".work" / cell.name
+        make_folder(folder, request, apart=cell.edge is not None)
+        outcome = server.outcome(folder, alone=alone)
         told = replace(
             self.environment,
             emulated=None if request.emulated is None else request.emulated.machine,
@@ -423,7 +448,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def run_edges(cells: Sequence[GridCell], running: Running, at_once: int) -> None:
-    """In threads with a server each; the two cells of an edge one after the other, as they compile alike."""
+    """In threads with a server each; the two cells of an edge one after the other, as they may need most of
+    the GPU."""
     jobs: dict[str, list[GridCell]] = {}
     for cell in cells:
         jobs.setdefault(cell.name.rpartition("-")[0], []).append(cell)

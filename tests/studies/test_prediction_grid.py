@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hidden_libraries import hidden
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from harness.records.job import make_job
-from harness.records.run import Run, load_run
+from harness.records.run import Run, Summary, load_run
+from harness.runs.launch import Outcome
 from profiles.machine import load_machine
 from profiles.planning.budget import Budget, budget_of, gpu_bytes_needed
 from tests.studies.prediction_grid import (
     QUANTITIES,
     Row,
+    Running,
+    Server,
+    compile_apart,
     cost_of,
     errors_of,
     grid_cells,
@@ -121,6 +129,35 @@ def test_a_library_that_starts_cuda_is_left_to_the_copies(
         with pytest.raises(ImportError):
             importlib.import_module("starts_cuda")
     assert importlib.import_module("starts_cuda") is not None
+
+
+def test_only_edges_compile_apart_and_find_nothing_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two attempts at each of two cells; what torch's compiler would keep lies where it keeps it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "shared"))
+    seen: list[tuple[str, list[str]]] = []
+
+    class Copy(Server):
+        def outcome(self, folder: Path, *, alone: bool = True) -> Outcome:
+            with patch.dict(os.environ):
+                compile_apart(folder)
+                kept = Path(triton_cache_dir(0))
+                kept.mkdir(parents=True, exist_ok=True)
+                seen.append((str(kept.relative_to(tmp_path)), os.listdir(kept)))
+                (kept / "timed").touch()
+            return Outcome(end_state="crash", end_reason=None, samples=(), summary=Summary(), by_user=False)
+
+    machine = load_machine(FOLDERS[0] / "machine.json")
+    arguments = argparse.Namespace(out=tmp_path, seconds=None)
+    running = Running(arguments, machine)
+    by_kind = {cell.edge: cell for cell in grid_cells() if cell.engine == "native"}
+    for cell in (by_kind[1.0], by_kind[1.0], by_kind[None], by_kind[None]):
+        running.measure(cell, Copy(), alone=True)
+        (tmp_path / "runs" / f"{cell.name}.json").unlink()
+    apart = f".work/{by_kind[1.0].name}/compiled/triton/0"
+    assert seen == [(apart, []), (apart, []), ("shared", []), ("shared", ["timed"])]
 
 
 def test_the_list_has_what_was_promised() -> None:
