@@ -577,6 +577,10 @@ def test_docstrings_stand_on_their_own() -> None:
     assert references_only(modules()) == []
 
 
+DOCUMENTED = {"_replace", "_record_memory_history", "_snapshot"}
+"""With their underscores: of named tuples, and what torch tells of its allocations. `os._exit` is another."""
+
+
 def private_uses(folder: Path) -> dict[str, set[str]]:
     """`_name`s of other objects that the files below `folder` use, by file."""
     found: dict[str, set[str]] = defaultdict(set)
@@ -584,9 +588,8 @@ def private_uses(folder: Path) -> dict[str, set[str]]:
         for node in nodes_of(path):
             if not isinstance(node, ast.Attribute) or not re.match("_[^_]", node.attr):
                 continue
-            # Documented, with their underscores: `os._exit`, and `_replace` of a named tuple.
             own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "os")
-            if not own and node.attr != "_replace":
+            if not own and node.attr not in DOCUMENTED:
                 found[str(path.relative_to(folder))].add(node.attr)
     return found
 
