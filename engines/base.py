@@ -198,6 +198,10 @@ class LinkRates:
                 raise ValueError(f"{name} must be positive and finite")
 
 
+ReportProgress = Callable[[str, int, int], None]
+"""Told of slow set-up work: what, units done, units in total."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Context:
     """Where and how long an engine runs."""
@@ -216,8 +220,7 @@ class Context:
     """Keep what each stream did, for `trace_events` of the engines that have it."""
     link_rates: LinkRates | None = None
     """Of the link to emulate; `None`: as fast as it goes."""
-    progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
-    """Told of slow set-up work: what, units done, units in total."""
+    progress: ReportProgress = field(default=lambda what, done, total: None)
     world: World = ALONE
     """The processes that take each step together. Every one is handed all micro-batches of a step and
     computes its share of them; `workload.accumulation` counts all."""

@@ -19,6 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.exact_offload import CHUNK_ELEMENTS
 from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
 from engines.cpu_updates.chunks import StepShare
@@ -27,7 +28,7 @@ from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
 from engines.settings.exact_offload import ExactOffloadSettings
-from engines.transfer.pinned import HostSlab, HostSlabs, ReportProgress, host_slabs
+from engines.transfer.pinned import HostSlab, HostSlabs, host_slabs
 from engines.transfer.shared_memory import shared_slabs
 from engines.world import ALONE, World
 

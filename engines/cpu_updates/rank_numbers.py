@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from engines.base import ReportProgress
 from engines.cpu_updates.cpu_adam import compiled
 from engines.errors import PeerLost
 from engines.transfer.clock import now_s
-from engines.transfer.pinned import ReportProgress
 from engines.transfer.shared_memory import shared_slabs
 from engines.world import World
 

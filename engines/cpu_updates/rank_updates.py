@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from engines.base import ReportProgress
 from engines.cpu_updates.rank_numbers import RankNumbers
-from engines.transfer.pinned import ReportProgress
 from engines.world import World
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.exact_offload import STAYING_INPUTS
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.pinned import host_slabs
 
 
 @dataclass(slots=True)

@@ -17,9 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.zo2 import ARRIVING_STATES, LEAVING_STATES
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.pinned import host_slabs
 
 
 class States(Protocol):

@@ -28,6 +28,7 @@ from time import sleep
 
 from torch import Tensor, uint8
 
+from engines.base import ReportProgress
 from engines.costs.resources import disk as costs
 from engines.errors import UserError
 from engines.offload.direct_io import FileSpan
@@ -36,7 +37,7 @@ from engines.offload.disk_files import BlockFiles
 from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import HostSlab, ReportProgress
+from engines.transfer.pinned import HostSlab
 from engines.transfer.trace import Timeline
 
 DEPTHS = (2, 4, 8, 16)

@@ -15,10 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.errors import UserError
 from engines.offload.reader_thread import ReaderThread, ReadJob
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.pinned import host_slabs
 
 
 class DiskWeights:

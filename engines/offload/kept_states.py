@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.resources.disk import WEIGHT_PLACES
 from engines.cpu_updates.block_state import BlockStates
 from engines.cpu_updates.chunks import ChunkUpdate
@@ -18,7 +19,6 @@ from engines.errors import UserError
 from engines.offload.disk_states import DiskStates
 from engines.offload.disk_weights import DiskWeights
 from engines.transfer.link import Link
-from engines.transfer.pinned import ReportProgress
 
 
 class KeptStates:

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.zo2 import ring_bytes
 from engines.errors import UserError
 from engines.offload.blocks_on_disk import BlocksOnDisk
@@ -47,7 +48,7 @@ from engines.offload.shared_disk import SharedDisk
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.pinned import host_slabs
 from engines.transfer.share_exchange import ShareExchange
 from engines.transfer.shared_memory import shared_slabs
 from engines.transfer.trace import Timeline

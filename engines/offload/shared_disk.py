@@ -41,6 +41,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.resources import disk as costs
 from engines.cpu_updates.rank_numbers import RankNumbers
 from engines.errors import PeerLost
@@ -50,7 +51,6 @@ from engines.offload.disk import DiskBlocks
 from engines.offload.disk_chunks import ByteRange, DiskChunk, cut
 from engines.offload.shared_files import SharedFiles
 from engines.transfer.link import Event, Link
-from engines.transfer.pinned import ReportProgress
 from engines.transfer.shared_memory import shared_slabs
 from engines.transfer.trace import Timeline
 from engines.world import World

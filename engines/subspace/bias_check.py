@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from engines.base import ReportProgress
 from engines.costs.lsp import core_size
 from engines.errors import UserError
 from engines.model.blocks import find_blocks
@@ -143,7 +144,7 @@ def draw_subspaces(
     seed: int,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Callable[[str, int, int], None],
+    progress: ReportProgress,
 ) -> list[list[Subspace]]:
     """The subspaces of each block that has any, their first pairs drawn.
 

@@ -9,13 +9,14 @@ Longer than 400 lines: a core's places on the GPU and on the host are laid out t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS, forms_gradient
 from engines.cpu_updates.chunks import OfRanks, StepShare
 from engines.cpu_updates.cpu_adam import core_adam
@@ -216,7 +217,7 @@ class Cores:
         device: torch.device,
         workload: Workload,
         seed: int,
-        progress: Callable[[str, int, int], None],
+        progress: ReportProgress,
         world: World = ALONE,
     ) -> None:
         """Moments and what goes up are there once for the ranks of a machine in `world`.
@@ -342,7 +343,7 @@ class _OnHost:
         dtype: torch.dtype,
         pinned_for: torch.device | None,
         world: World,
-        progress: Callable[[str, int, int], None],
+        progress: ReportProgress,
     ) -> None:
         """Of so many blocks with so many elements in all. The ranks of a machine have the directions once,
         and each sees what has arrived of the others."""
@@ -381,9 +382,7 @@ class _Moments:
     memory, and through pages of 4 KiB two cores of a virtual machine read and wrote 86 GB/s in place of
     107."""
 
-    def __init__(
-        self, elements: int, dtype: torch.dtype, world: World, progress: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, elements: int, dtype: torch.dtype, world: World, progress: ReportProgress) -> None:
         """There once for the ranks of a machine."""
         num_bytes, cpu = 2 * elements * dtype.itemsize, torch.device("cpu")
         if world.local_size == 1:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from engines.base import Blueprint
+from engines.base import Blueprint, ReportProgress
 from engines.costs.lsp import WEIGHT_SLOTS
 from engines.errors import UserError
 from engines.model.blocks import set_parameter
@@ -24,7 +24,7 @@ from engines.subspace.bias_check import block_matrices
 from engines.subspace.cores import CoreBlock
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
-from engines.transfer.pinned import ReportProgress, host_slabs
+from engines.transfer.pinned import host_slabs
 
 
 def matrix_layouts(model: nn.Module, dtype: torch.dtype) -> dict[int, BlockLayout]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import mmap
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
+from engines.base import ReportProgress
 from engines.transfer.clock import torch_cuda
-
-ReportProgress = Callable[[str, int, int], None]
-"""Told of slow work: what, units done, units in total."""
-
 
 TOUCH_CHUNK_BYTES = 2**30
 """Host memory is touched in chunks of this size, for its progress to be seen."""

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
+from engines.base import ReportProgress
 from engines.errors import NotAvailable
-from engines.transfer.pinned import SLAB_BYTES, HostSlab, HostSlabs, ReportProgress
+from engines.transfer.pinned import SLAB_BYTES, HostSlab, HostSlabs
 from engines.world import World, part
 
 
