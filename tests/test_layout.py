@@ -138,7 +138,7 @@ INSIDE_FUNCTIONS = {
     "harness.runs.worker -> harness.data.batches": _CHILD,
     "harness.runs.worker -> harness.data.tokenized": _CHILD,
     "harness.runs.worker -> harness.models.blueprint": _CHILD,
-    "harness.runs.worker -> engines.transfer.calibrate": _CHILD,
+    "harness.runs.limits -> engines.transfer.calibrate": _CHILD,
     "harness.runs.worker -> engines.transfer.process_group": _CHILD,
 }
 """`importing module -> imported module` inside a function, and why."""

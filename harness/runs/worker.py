@@ -15,15 +15,24 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 from pydantic import TypeAdapter
 
 from engines import entry, is_external, load_engine
-from engines.base import Batch, Context, Evaluation, StepStats, SupportsNotes, SupportsTrace
+from engines.base import (
+    Batch,
+    Blueprint,
+    Context,
+    Evaluation,
+    ReportProgress,
+    StepStats,
+    SupportsNotes,
+    SupportsTrace,
+)
 from engines.decoding import GenerationRequest, Sampling
 from engines.errors import NonFiniteLoss, UserError
 from engines.shapes import ModelShape
@@ -34,8 +43,9 @@ from harness.records.learning import Learning
 from harness.records.metrics import metrics_of
 from harness.records.run import EndState, Sample, Summary
 from harness.runs.divergence import LossDiagnosis, Point, why_not_finite
-from harness.runs.emulate import AppliedLimits, Emulated, limit_cpus
+from harness.runs.emulate import Emulated, limit_cpus
 from harness.runs.end_states import classify
+from harness.runs.limits import applied_limits, prepare_torch, usable_host_bytes
 from harness.runs.measure import (
     RunRecording,
     Scenario,
@@ -51,7 +61,6 @@ from harness.runs.ranks import RankPlace, check_alike, place_of, what_to_agree_o
 from harness.runs.scenarios import NO_LIMIT, Decode, Learn, StepData, Train
 from profiles.documents import to_json, write_whole
 from profiles.planning.plan import Plan
-from profiles.system.cgroup import host_memory, usable_cores
 from profiles.system.nvml import open_device
 
 REQUEST, RESULT = "request.json", "result.json"
@@ -189,7 +198,9 @@ def execute(request: Request, events: IO[str], folder: Path, place: RankPlace | 
 def _run(
     request: Request, recording: RunRecording, events: IO[str], folder: Path, place: RankPlace | None
 ) -> None:
-    job, plan = request.job, request.plan
+    """What is asked for, in this order: the device and its limits, the other ranks, data and model, the
+    engine and its steps. What happens is told on `events`."""
+    job, plan, emulated = request.job, request.plan, request.emulated
 
     def report(**event: object) -> None:
         events.write(json.dumps(event) + "\n")
@@ -203,26 +214,12 @@ def _run(
 
     on_progress("importing", 0, 1)
     row, engine_class = entry(plan.engine), load_engine(plan.engine)
-    emulated, own_copies = request.emulated, row.copies == "own"
-    vram_bytes = job.limits.vram_bytes
-    if vram_bytes is not None:  # of the card, of which CUDA takes its own part
-        vram_bytes = max(1, vram_bytes - (plan.prediction.gpu_bytes_beside or 0))
-    if emulated is not None:
-        vram_bytes = min(emulated.vram_bytes, vram_bytes or emulated.vram_bytes)
+    vram_bytes, own_copies = _vram_bytes(request), row.copies == "own"
     device_name = prepare_torch(vram_bytes, job.limits.gpus) if row.needs_torch else "cpu"
-    world: World = ALONE
-    if place is not None and not row.needs_torch:
-        world = Alone(rank=place.rank, size=place.size)
-    elif place is not None:
-        from engines.transfer.process_group import meet
-
-        on_progress("meeting the other ranks", 0, 1)
-        world = meet(place.where, place.rank, place.size, place.local_rank, place.local_size)
-        check_alike(world, what_to_agree_on(job, plan.engine, dict(plan.settings)))
-        on_progress("meeting the other ranks", 1, 1)
+    world = ALONE if place is None else _met(request, place, on_progress, by_torch=row.needs_torch)
     if emulated is not None:
         on_progress("measuring the emulated link", 0, 1)
-        limits = _applied_limits(emulated, device_name, vram_bytes, own_copies=own_copies)
+        limits = applied_limits(emulated, device_name, vram_bytes, own_copies=own_copies)
         on_progress("measuring the emulated link", 1, 1)
         report(limits=asdict(limits))
     context = Context(
@@ -238,28 +235,9 @@ def _run(
         world=world,
     )
     on_progress("importing", 1, 1)
-    blueprint: Any = None
-    data: StepData = _NoData()
-    energy_j: Callable[[], float | None] | None = None
-    if row.needs_torch:
-        from harness.data.batches import batches_of, make_data
-        from harness.data.tokenized import load_tokenized
-        from harness.models.blueprint import make_blueprint
-
-        on_progress("data and model", 0, 2)
-        if request.data_file is None:
-            data = make_data(job, request.shape)
-        else:
-            together = None if request.learning is None else request.learning.rows_evaluated_together
-            data = batches_of(load_tokenized(request.data_file), job, evaluated_together=together)
-        on_progress("data and model", 1, 2)
-        blueprint = make_blueprint(job, request.shape, data.step_batches(0)[0])
-        on_progress("data and model", 2, 2)
-        device = open_device() if context.device != "cpu" else None
-        energy_j = None if device is None else device.energy_j
-    if is_external(plan.engine):  # it uses the GPU without torch in this process
-        device = open_device()
-        energy_j = None if device is None else device.energy_j
+    data, blueprint = _data_and_model(request, on_progress) if row.needs_torch else (_NoData(), None)
+    # An external trainer uses the GPU without torch in this process.
+    device = open_device() if device_name != "cpu" or is_external(plan.engine) else None
     engine = engine_class(plan.settings.typed, context)
     # Of several ranks the first: what they do is alike.
     traced = request.trace and isinstance(engine, SupportsTrace) and world.rank == 0
@@ -272,7 +250,7 @@ def _run(
             _scenario(request, data, folder),
             recording,
             clock=getattr(engine, "now", None),
-            energy_j=energy_j,
+            energy_j=None if device is None else device.energy_j,
             on_sample=on_sample,
         )
     finally:
@@ -282,6 +260,47 @@ def _run(
                 write_trace(engine, folder / TRACE)
         finally:
             engine.close()
+
+
+def _vram_bytes(request: Request) -> int | None:
+    """What torch may take of the GPU: of the card that the job is held to CUDA takes its own part. `None`:
+    all that there is."""
+    vram_bytes = request.job.limits.vram_bytes
+    if vram_bytes is not None:
+        vram_bytes = max(1, vram_bytes - (request.plan.prediction.gpu_bytes_beside or 0))
+    if request.emulated is not None:
+        vram_bytes = min(request.emulated.vram_bytes, vram_bytes or request.emulated.vram_bytes)
+    return vram_bytes
+
+
+def _met(request: Request, place: RankPlace, progress: ReportProgress, *, by_torch: bool) -> World:
+    """All ranks of the run, which have been asked for the same. Without torch they only know their number."""
+    if not by_torch:
+        return Alone(rank=place.rank, size=place.size)
+    from engines.transfer.process_group import meet
+
+    progress("meeting the other ranks", 0, 1)
+    world = meet(place.where, place.rank, place.size, place.local_rank, place.local_size)
+    check_alike(world, what_to_agree_on(request.job, request.plan.engine, dict(request.plan.settings)))
+    progress("meeting the other ranks", 1, 1)
+    return world
+
+
+def _data_and_model(request: Request, progress: ReportProgress) -> tuple[StepData, Blueprint]:
+    from harness.data.batches import batches_of, make_data
+    from harness.data.tokenized import load_tokenized
+    from harness.models.blueprint import make_blueprint
+
+    progress("data and model", 0, 2)
+    if request.data_file is None:
+        data = make_data(request.job, request.shape)
+    else:
+        together = None if request.learning is None else request.learning.rows_evaluated_together
+        data = batches_of(load_tokenized(request.data_file), request.job, evaluated_together=together)
+    progress("data and model", 1, 2)
+    blueprint = make_blueprint(request.job, request.shape, data.step_batches(0)[0])
+    progress("data and model", 2, 2)
+    return data, blueprint
 
 
 def _scenario(request: Request, data: StepData, folder: Path) -> Scenario:
@@ -334,49 +353,6 @@ def _total_steps(request: Request) -> int:
     if request.learning is not None:
         return request.learning.length.steps or NO_LIMIT
     return request.job.warmup_steps + request.job.steps
-
-
-def _applied_limits(
-    emulated: Emulated, device_name: str, vram_bytes: int | None, *, own_copies: bool
-) -> AppliedLimits:
-    """What this process is held to. The link is measured where the engine's copies are ours."""
-    rates, gpu_bytes = None, None
-    if own_copies:
-        import torch
-
-        from engines.transfer.calibrate import measure_rates
-
-        rates = measure_rates(torch.device(device_name), emulated.rates)
-    if device_name != "cpu" and vram_bytes is not None:
-        import torch
-
-        gpu_bytes = min(vram_bytes, torch.cuda.get_device_properties(0).total_memory)
-        torch.cuda.reset_peak_memory_stats()  # of the measurement, not of the run
-    return AppliedLimits(threads=usable_cores().count, vram_bytes=gpu_bytes, rates=rates)
-
-
-def usable_host_bytes(limit_bytes: int | None) -> int:
-    """Host memory that this run may still take: what is available, held to the job's limit."""
-    available_bytes = host_memory().available_bytes
-    return available_bytes if limit_bytes is None else min(available_bytes, limit_bytes)
-
-
-def prepare_torch(vram_bytes: int | None, processes: int = 1) -> str:
-    """Threads, which so many processes share, and the cap on GPU memory; the device to run on. Imports torch.
-
-    The cap holds torch's allocator; what CUDA itself takes comes on top.
-    """
-    import torch
-
-    # Explicit: torch would take every core of the host inside a container, or the one of a stray
-    # OMP_NUM_THREADS.
-    torch.set_num_threads(max(1, usable_cores().count // processes))
-    if not torch.cuda.is_available():
-        return "cpu"
-    if vram_bytes is not None:
-        total_bytes = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_bytes / total_bytes), 0)
-    return "cuda:0"
 
 
 def end_with_parent(parent_pid: int) -> None:

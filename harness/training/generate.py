@@ -25,7 +25,7 @@ from harness.models.tokenizers import Tokenizer, load_tokenizer
 from harness.progress import Progress
 from harness.records.job import Job, Limits, ModelSource
 from harness.resolve import resolve_shape
-from harness.runs.worker import usable_host_bytes
+from harness.runs.limits import usable_host_bytes
 from harness.training.run_folder import TrainingRun, carried_over
 from harness.training.train import export_run, rebuilt, set_up, user_errors
 from profiles.planning.budget import Budget

@@ -38,8 +38,9 @@ from harness.resolve import resolve_shape
 from harness.runs.divergence import why_flat, why_not_finite
 from harness.runs.end_states import OUT_OF_MEMORY, classify
 from harness.runs.governance_facts import governance_facts
+from harness.runs.limits import prepare_torch, usable_host_bytes
 from harness.runs.ranks import check_gpus
-from harness.runs.worker import TRACE, prepare_torch, usable_host_bytes, write_trace
+from harness.runs.worker import TRACE, write_trace
 from harness.training import restore
 from harness.training.free_space import check_free_space
 from harness.training.leader import check_same_weights, leading, share_state

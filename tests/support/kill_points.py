@@ -43,7 +43,7 @@ with hidden(START_CUDA):
     from harness.records.manifest import check_manifest
     from harness.records.run import Sample, load_run
     from harness.records.stats import step_statistics
-    from harness.runs import worker
+    from harness.runs import limits
     from harness.runs.launch import Outcome
     from harness.runs.sweep import SweepOptions, run_sweep
     from profiles.system.cgroup import UsableCores
@@ -235,7 +235,7 @@ REFUSED = 3
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker.usable_cores = lambda: UsableCores(count=1, basis="test", total=1)
+    limits.usable_cores = lambda: UsableCores(count=1, basis="test", total=1)
     for name in sys.argv[1].split(","):
         for each in sys.argv[5:]:
             try_calls(Path(sys.argv[2]) / name / each, each, int(sys.argv[3]), int(sys.argv[4]), name)

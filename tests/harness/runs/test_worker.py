@@ -13,15 +13,15 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 from engines.base import Context
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.scripted import Scripted
-from harness.runs import worker
+from harness.runs import limits, worker
 from harness.runs.worker import TRACE, Request, Result
 from profiles.system.cgroup import HostMemoryLimit
 
 
 def test_host_memory_is_what_is_available_held_to_the_jobs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemoryLimit(total_bytes=100, available_bytes=60, swap_bytes=0, basis="all")
-    monkeypatch.setattr(worker, "host_memory", lambda: memory)
-    assert [worker.usable_host_bytes(limit) for limit in (None, 70, 50)] == [60, 60, 50]
+    monkeypatch.setattr(limits, "host_memory", lambda: memory)
+    assert [limits.usable_host_bytes(limit) for limit in (None, 70, 50)] == [60, 60, 50]
 
 
 class Silent(Scripted):
