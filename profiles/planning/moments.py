@@ -19,9 +19,12 @@ WORTH_SAYING = 0.95
 
 def faster_moments(context: PlanningContext, settings: Any, kinds: Sequence[str]) -> str | None:
     """A plan's sentence on the first of `kinds` that makes a step faster which waits for the CPU's update;
-    `None`: it waits for something else, or `settings` have moments that are approximate already."""
-    if settings.moments != "fp32" or context.machine.gpu is None:
+    `None`: it waits for something else. Those count that are more approximate than the moments of
+    `settings`."""
+    if context.machine.gpu is None:
         return None
+    if settings.moments in kinds:
+        kinds = kinds[kinds.index(settings.moments) + 1 :]
     now = context.predict(settings)
     if now.step_s is None or now.bottleneck not in CPU_BOUND:
         return None

@@ -134,8 +134,8 @@ def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[s
         ]
     else:
         told = [
-            f"disk: {read} are read and written in each step, where disk_folder says; "
-            "moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it"
+            f"disk: {read} are read and written in each step, where disk_folder says"
+            + _less_of_disk(settings)
         ]
     steps = ENDURED_BYTES / cost.disk_write_bytes
     told.append(f"disk: {steps:,.0f} such steps write 600 TB, for which a drive of 1 TB is commonly made")
@@ -146,6 +146,15 @@ def _of_disk(context: PlanningContext, settings: ExactOffloadSettings) -> list[s
             f"{format_seconds(least_s)} a step"
         )
     return told
+
+
+def _less_of_disk(settings: ExactOffloadSettings) -> str:
+    """What moments that are more approximate take of it."""
+    return {
+        "fp32": "; moments=bf16 or int8, which are approximate, take 0.6 or 0.4 of it",
+        "bf16": "; moments=int8, which are more approximate, take 0.7 of it",
+        "int8": "",
+    }[settings.moments]
 
 
 def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> str:

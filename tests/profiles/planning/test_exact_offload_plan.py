@@ -124,6 +124,16 @@ def test_exact_states_go_to_disk_where_host_memory_ends() -> None:
     slow = plan(4096, machine=replace(H200, disk=None), given={"disk_blocks": count}, host_bytes=45 * GB)
     least = f"at 7 GB/s that alone takes {format_seconds(2 * written / 7e9)} a step"
     assert any(each.endswith(least) for each in slow.reasons)
+    for moments, less in (("fp32", 2), ("bf16", 1), ("int8", 0)):
+        given: dict[str, object] = {"disk_blocks": count, "moments": moments}
+        (of_disk,) = (
+            each
+            for each in plan(4096, given=given, machine=with_disk, host_bytes=45 * GB).reasons
+            if "where disk_folder says" in each
+        )
+        assert (
+            of_disk.count("int8") + of_disk.count("bf16") == less
+        )  # no moments are told to take less than they do
     # Whose room is too small is said; what the user set stays.
     small = replace(H200, disk=fast_disk(6 * GB, free_bytes=10 * GB))
     assert not plan(4096, machine=small, host_bytes=25 * GB).fits
@@ -333,6 +343,16 @@ def test_products_are_kept_where_all_activations_do_not_fit() -> None:
     assert "kept_activations" not in plan(8192).settings  # where all of them fit
 
 
+def test_host_memory_limits_a_step_that_is_held_back_by_its_updates() -> None:
+    """As the sentence on what is the slowest beside the GPU says."""
+    found = plan(4096, given={"gradient_blocks": 4, "weights": "streamed"})
+    without = plan(4096, given={"weights": "streamed"})
+    assert found.prediction.step_s is not None and without.prediction.step_s is not None
+    assert found.prediction.step_s > 1.05 * without.prediction.step_s
+    assert any("the slowest beside the GPU, host memory" in each for each in found.reasons)
+    assert found.prediction.bottleneck == without.prediction.bottleneck == "host memory"
+
+
 def test_without_figures_there_is_no_crossover() -> None:
     workload = Workload(batch_size=4, seq_len=1024, dtype="bf16")
     (only,) = recommend(replace(H200, link=None), DEEPSEEK_7B, workload, [NAME], {})
@@ -352,3 +372,13 @@ def test_what_compact_moments_would_gain_is_said_where_the_cpu_decides(tokens: i
         assert f"{format_seconds(with_bf16.prediction.step_s)} a step in place of" in said[0]
     for kept in ("fp32", "bf16"):
         assert not any("not chosen" in each for each in plan(tokens, given={"moments": kept}).reasons)
+
+
+def test_what_still_fewer_bits_would_gain_is_said_where_bf16_is_what_fits() -> None:
+    found = plan(4096, host_bytes=70 * GB)
+    assert found.settings["moments"] == "bf16"
+    (said,) = (each for each in found.reasons if "not chosen unless set: moments=" in each)
+    settings: dict[str, object] = {**found.settings, "moments": "int8"}
+    with_int8 = plan(4096, given=settings, host_bytes=70 * GB).prediction.step_s
+    assert with_int8 is not None
+    assert f"moments=int8, which is approximate, would make it {format_seconds(with_int8)} a step" in said
