@@ -67,19 +67,24 @@ FLOPS_PER_BYTE = 150.0
 H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
 
 LAUNCHES = 9
-"""Per matrix, in launches of a model's own operations: two projections, the product, and Python around them.
-Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took 0.212 and 0.216 s,
-of which the model's own operations are 0.15."""
+"""Per matrix and micro-batch, in launches of a model's own operations: two projections, the product, and
+Python around them. Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took
+0.212 and 0.216 s, of which the model's own operations are 0.15."""
 
 STREAM_LAUNCHES = 16
-"""The same for a matrix whose weights are streamed. Counted: such a block starts 50 to 56 operations of torch
-more for each matrix, of which a model's own launches have three to four each."""
+"""The same for a matrix whose weights are streamed, however many micro-batches pass it together. Counted:
+such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
+three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-GRAPH_LAUNCHES = 110
-"""Per block that runs as CUDA graphs, both passes, in operations without autograd: all that the interpreter's
-lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
-time: on a CPU a tiny block takes 80 to 125 more than native's and its projections; blocks of RoBERTa, GPT-2,
+GRAPH_LAUNCHES = 95
+"""Per block that runs as CUDA graphs, in operations without autograd and once a step: all that the
+interpreter's lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its
+chunks. By time: on a CPU a tiny block takes 97 to 108; with `REPLAY_LAUNCHES` blocks of RoBERTa, GPT-2,
 OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
+
+REPLAY_LAUNCHES = 15
+"""The same of each micro-batch, both passes: copies in and out of the graphs' places, their launches. By time
+on a CPU: 10 to 17, with graphs that do nothing."""
 
 BF16_MOMENTS_SLOWDOWN = 1.3
 """Time of Adam on a core with bf16 moments over that of the bytes it moves: rounding is arithmetic. 1.27 with
@@ -263,7 +268,7 @@ def _layer(
         return layer
     core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
     as_graphs = lsp_passes(shape, workload, settings).captured
-    each = LAUNCHES + STREAM_LAUNCHES * settings.streams
+    each = LAUNCHES * workload.accumulation + STREAM_LAUNCHES * settings.streams
     launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
     wire, down = element * core, element * matrices if settings.streams else 0
     up = work.uploads[int(layer.name.removeprefix("block."))] * down
@@ -271,7 +276,7 @@ def _layer(
         gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
         gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
         launches=launches,
-        python_launches=GRAPH_LAUNCHES * workload.accumulation if as_graphs else 0,
+        python_launches=GRAPH_LAUNCHES + REPLAY_LAUNCHES * workload.accumulation if as_graphs else 0,
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,

@@ -87,10 +87,13 @@ class Case:
     family: str
     settings: dict[str, str] = field(default_factory=dict)
     checkpointing: bool = False
+    accumulation: int = 1
 
     @property
     def name(self) -> str:
         told = [self.engine, self.family, *(f"{key}={value}" for key, value in self.settings.items())]
+        if self.accumulation > 1:
+            told.append(f"x{self.accumulation}")
         return " ".join([*told, *(["recomputed"] if self.checkpointing else [])])
 
 
@@ -119,6 +122,18 @@ CASES = (
     Case(engine="lora", family="llama", settings=EAGER),
     Case(engine="lora", family="opt", settings=EAGER),
     Case(engine="lsp", family="llama", settings={"d": "16", "compile": "false"}),
+    *(
+        Case(engine=engine, family="llama", settings=settings, accumulation=accumulation)
+        for engine, settings in (
+            ("native", EAGER),
+            ("lsp", {"d": "16", "compile": "false"}),
+            ("lsp", {"d": "16", "compile": "false", "weights": "streamed"}),
+            ("exact-offload", {"compile": "false"}),
+        )
+        for accumulation in (2, 4)
+    ),
+    Case(engine="lsp", family="llama", settings={"d": "16", "compile": "false", "weights": "streamed"}),
+    Case(engine="exact-offload", family="llama", settings={"compile": "false"}),
     Case(engine="torchao-offload", family="llama"),
     Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
     Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
@@ -165,6 +180,7 @@ def job_of(case: Case, folder: Path, device: str) -> Job:
         seq_len=TOKENS,
         dtype="bf16" if device.startswith("cuda") else "fp32",
         checkpointing=case.checkpointing,
+        accumulation=case.accumulation,
         steps=1000,
         warmup_steps=0,
     )

@@ -302,6 +302,24 @@ def test_lsp_saves_the_products_of_weight_gradients() -> None:
     assert whole.gpu_flops > lsp.gpu_flops
 
 
+def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() -> None:
+    """Cores go to the CPU and back once; inputs are projected, or graphs replayed, for each micro-batch."""
+
+    def started(accumulation: int, **values: object) -> tuple[float, float]:
+        workload = replace(TRAINING, accumulation=accumulation)
+        block = cost("lsp", TINY, workload, **values).layers[1]
+        return block.launches, block.python_launches
+
+    captured = [started(count)[1] for count in (1, 2, 3)]
+    assert captured[0] == 110
+    assert captured[2] - captured[1] == captured[1] - captured[0] == 15
+    own = transformer.COMPILED_LAUNCHES * 3
+    for values, once in (({"graphs": False}, 0), ({"weights": "streamed"}, 16 * len(TINY.matrices))):
+        for count in (1, 4):
+            launches, python = started(count, checkpointed_blocks=0, **values)
+            assert (launches, python) == (count * (own + 9 * len(TINY.matrices)) + once, 0)
+
+
 def test_lsp_twin_does_the_same_work_with_nothing_pinned_or_overlapped() -> None:
     twin, offloaded = cost("lsp", TINY, TRAINING, offload=False), cost("lsp", TINY, TRAINING)
     for mine, its in zip(twin.layers, offloaded.layers, strict=True):

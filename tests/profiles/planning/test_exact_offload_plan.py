@@ -347,7 +347,8 @@ def test_host_memory_limits_a_step_that_is_held_back_by_its_updates() -> None:
     """As the sentence on what is the slowest beside the GPU says."""
     found = plan(4096, given={"gradient_blocks": 4, "weights": "streamed"})
     without = plan(4096, given={"weights": "streamed"})
-    assert found.prediction.step_s is not None and without.prediction.step_s is not None
+    assert found.prediction.step_s is not None
+    assert without.prediction.step_s is not None
     assert found.prediction.step_s > 1.05 * without.prediction.step_s
     assert any("the slowest beside the GPU, host memory" in each for each in found.reasons)
     assert found.prediction.bottleneck == without.prediction.bottleneck == "host memory"
