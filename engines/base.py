@@ -34,6 +34,9 @@ class Batch:
     """
 
     inputs: Mapping[str, Tensor]
+    class_tokens: Tensor | None = None
+    """(classes,) int64, where a causal language model says a class by one token: those, of which each label
+    is one. An evaluation takes the likeliest of them for what the model says; the loss is over all tokens."""
 
     @property
     def real_tokens(self) -> int:
@@ -46,7 +49,8 @@ class Batch:
         count, length = self.inputs["input_ids"].shape
         rows = max(1, tokens // length)
         for begin in range(0, count, rows):
-            yield Batch(inputs={name: each[begin : begin + rows] for name, each in self.inputs.items()})
+            part = {name: each[begin : begin + rows] for name, each in self.inputs.items()}
+            yield Batch(inputs=part, class_tokens=self.class_tokens)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +134,14 @@ class Evaluation:
 
     loss: float
     accuracy: float
-    """Share of labelled positions (of sequences, for classification) where the largest logit is the label.
-    For question answering the share of sequences where both the first and the last token are right."""
+    """Share of labelled positions (of sequences, for classification) where the largest logit is the label, of
+    those of the classes where each label is one of `Batch.class_tokens`. For question answering the share of
+    sequences where both the first and the last token are right."""
     num_labels: int
     """Labelled positions, or sequences."""
+    num_examples: int | None = None
+    """Those that accuracy rests on, each with one class or one answer; `None` where labels are the tokens of
+    a text, which are no examples apart."""
     expected: tuple[float, ...] = field(default=(), repr=False)
     predicted: tuple[float, ...] = field(default=(), repr=False)
     """The label of each sequence and what the model says in its place, where a sequence has one label: a

@@ -13,40 +13,25 @@ from engines.errors import UserError
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import to_device, without_cache
 
-
-def count_correct(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """(correct, labelled): positions where the largest logit is the label.
-
-    `logits` (batch, seq, vocabulary) predict the next position's label; (batch, classes) their own.
-    """
-    if logits.dim() == 3:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    kept = labels != -100
-    correct = (logits.argmax(-1) == labels) & kept
-    return int(correct.sum()), int(kept.sum())
+IGNORED = -100
+"""Label of a position, or a sequence, without one."""
 
 
-def count_answers(start_logits: Tensor, end_logits: Tensor, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(correct, sequences): those where the largest logits (batch, seq) are at both ends of the answer."""
-    starts = start_logits.argmax(-1) == inputs["start_positions"]
-    ends = end_logits.argmax(-1) == inputs["end_positions"]
-    return int((starts & ends).sum()), starts.numel()
+def likeliest(logits: Tensor, class_tokens: Tensor | None) -> Tensor:
+    """(...) int64: the token or class with the largest of `logits` (..., vocabulary or classes), among
+    `Batch.class_tokens` where there are some."""
+    if class_tokens is None:
+        return logits.argmax(-1)
+    tokens = class_tokens.to(logits.device)
+    return tokens[logits[..., tokens].argmax(-1)]
 
 
-def judged(output: Any, inputs: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
-    """`Evaluation.expected` and `predicted` of one batch; empty where sequences have several labels."""
-    if "start_positions" in inputs:
-        expected = torch.stack((inputs["start_positions"], inputs["end_positions"]), 1)
-        predicted = torch.stack((output.start_logits.argmax(-1), output.end_logits.argmax(-1)), 1)
-        return expected.flatten().tolist(), predicted.flatten().tolist()
-    logits, labels = output.logits, inputs["labels"]
-    if logits.dim() == 2:
-        found = logits.squeeze(-1).float() if labels.is_floating_point() else logits.argmax(-1)
-        return labels.flatten().tolist(), found.flatten().tolist()
-    kept = labels[:, 1:] != -100
-    if not bool((kept.sum(1) == 1).all()):
-        return [], []
-    return labels[:, 1:][kept].tolist(), logits[:, :-1][kept].argmax(-1).tolist()
+def ends_of_answers(output: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(expected, predicted), (batch, 2) int64 each: the answer's first and last token, and where the largest
+    logits are."""
+    expected = torch.stack((inputs["start_positions"], inputs["end_positions"]), 1)
+    predicted = torch.stack((output.start_logits.argmax(-1), output.end_logits.argmax(-1)), 1)
+    return expected, predicted
 
 
 class EvaluationSum:
@@ -60,24 +45,49 @@ class EvaluationSum:
         self._predicted: list[float] = []
         self._one_each = True
         """Every sequence so far had one label, or one answer."""
+        self._of_examples = True
+        """Every label so far was a class, a number or an answer, none a token of a text."""
 
-    def add(self, output: Any, inputs: Mapping[str, Tensor]) -> None:
+    def add(self, output: Any, inputs: Mapping[str, Tensor], class_tokens: Tensor | None = None) -> None:
         """What the model's own forward made of `inputs`, labels included."""
         if "start_positions" in inputs:
-            correct, labelled = count_answers(output.start_logits, output.end_logits, inputs)
-        else:
-            correct, labelled = count_correct(output.logits, inputs["labels"])
-        if labelled > 0:  # the mean loss over nothing is NaN, which a weight of zero does not take away
-            self.add_sums(float(output.loss) * labelled, correct, labelled)
-            expected, predicted = judged(output, inputs)
-            self._one_each = self._one_each and bool(expected)
-            self._expected += expected
-            self._predicted += predicted
+            expected, predicted = ends_of_answers(output, inputs)
+            correct = (expected == predicted).all(1)
+            self._add(float(output.loss) * len(expected), correct, expected, predicted)
+            return
+        logits, labels = output.logits, inputs["labels"]
+        if logits.dim() == 3:
+            found = likeliest(logits[:, :-1], class_tokens)[labels[:, 1:] != IGNORED]
+            # The mean loss over nothing is NaN, which a weight of zero does not take away.
+            loss_sum = float(output.loss) * len(found) if len(found) else 0.0
+            self.add_tokens(loss_sum, labels, found, class_tokens)
+            return
+        kept = labels != IGNORED
+        labels, logits = labels[kept], logits[kept]
+        if len(labels):
+            correct = logits.argmax(-1) == labels
+            predicted = logits.squeeze(-1).float() if labels.is_floating_point() else logits.argmax(-1)
+            self._add(float(output.loss) * len(labels), correct, labels, predicted)
 
-    def add_sums(self, loss_sum: float, correct: int, labelled: int) -> None:
+    def add_tokens(
+        self, loss_sum: float, labels: Tensor, predicted: Tensor, class_tokens: Tensor | None
+    ) -> None:
+        """Of a causal language model: `labels` (batch, seq), and in the place of each that is none of
+        `IGNORED`, one after the other, what the model says, `predicted` (n,)."""
+        following = labels[:, 1:]
+        kept = following != IGNORED
+        if len(predicted):
+            self._one_each = self._one_each and bool((kept.sum(1) == 1).all())
+            self._of_examples = self._of_examples and class_tokens is not None
+            self._add(loss_sum, predicted == following[kept], following[kept], predicted)
+
+    def _add(self, loss_sum: float, correct: Tensor, expected: Tensor, predicted: Tensor) -> None:
         self._loss += loss_sum
-        self._correct += correct
-        self._labels += labelled
+        self._correct += int(correct.sum())
+        self._labels += len(correct)
+        if self._one_each:  # else nobody asks for them, and a text has many
+            self._expected += expected.flatten().tolist()
+            self._predicted += predicted.flatten().tolist()
 
     def result(self) -> Evaluation:
         """Raises `UserError` if nothing was labelled."""
@@ -87,6 +97,7 @@ class EvaluationSum:
             loss=self._loss / self._labels,
             accuracy=self._correct / self._labels,
             num_labels=self._labels,
+            num_examples=self._labels if self._of_examples else None,
             expected=tuple(self._expected) if self._one_each else (),
             predicted=tuple(self._predicted) if self._one_each else (),
         )
@@ -104,7 +115,7 @@ def evaluate_on_device(model: nn.Module, batches: Iterable[Batch], device: torch
                 inputs = with_mask(to_device(batch, device))
                 with known_padding(has_padding(batch.inputs)):
                     output = model(**inputs, **arguments)
-                total.add(output, inputs)
+                total.add(output, inputs, batch.class_tokens)
     finally:
         model.train(was_training)
     return total.result()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd, lcm
 from typing import Any
@@ -22,6 +22,7 @@ from engines.base import Batch
 from engines.costs.loss import HEAD_CHUNK_BYTES, HEAD_TOKENS
 from engines.kernels.triton_launch import has_triton
 from engines.model.blocks import BlockDriver, sent
+from engines.model.evaluation import IGNORED
 from engines.model.label_words import classifies_by_words
 from engines.noise import weight_pass
 from engines.noise.tiles import TILE, one
@@ -30,9 +31,6 @@ from engines.zeroth_order.estimators import Side
 
 TOKEN_GRID = 64
 ROW_GRID = 256
-
-IGNORED = -100
-"""Label of a position without a loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +66,12 @@ class Arrival:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Of one batch: the negative log-likelihoods, (n,) fp32, their sum, () fp64, and right predictions, ()
-    int64."""
+    """Of one batch: the negative log-likelihoods, (n,) fp32, their sum, () fp64, and the likeliest tokens,
+    (n,) int64."""
 
     losses: Tensor
     loss_sum: Tensor
-    correct: Tensor
+    predicted: Tensor
 
 
 @contextmanager
@@ -152,14 +150,25 @@ class LossHead:
             return [of_sequences(each.losses, targets, batch, length) for each in scores]
         return [each.loss_sum / targets.labels.numel() for each in scores]
 
-    def evaluate(self, hidden: Tensor, targets: Targets, non_block: Mapping[str, Tensor]) -> Scores:
-        """With the weights as they are."""
+    def evaluate(
+        self,
+        hidden: Tensor,
+        targets: Targets,
+        non_block: Mapping[str, Tensor],
+        class_tokens: Tensor | None = None,
+    ) -> Scores:
+        """With the weights as they are. `class_tokens`: what is predicted is the likeliest of these."""
         weight = non_block[self._weight]
         vocabulary, width = weight.shape
         rows = chunk_rows(vocabulary, width, weight.element_size())
-        biases = [self._bias_of(non_block)]
-        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], biases)
-        return scores
+        bias = self._bias_of(non_block)
+        (scores,) = _scores([hidden], targets, vocabulary, rows, lambda a, b: [weight[a:b]], [bias])
+        if class_tokens is None:
+            return scores
+        tokens = class_tokens.to(weight.device)
+        state = hidden.reshape(-1, width)[targets.positions]
+        logits = nn.functional.linear(state, weight[tokens], None if bias is None else bias[tokens])
+        return replace(scores, predicted=tokens[logits.argmax(-1)])
 
     def _bias_of(self, non_block: Mapping[str, Tensor]) -> Tensor | None:
         return None if self._bias is None else non_block[self._bias]
@@ -288,9 +297,7 @@ class _Running:
 
     def scores(self, labels: Tensor) -> Scores:
         losses = self._sums.log() + self._largest - self._target
-        return Scores(
-            losses=losses, loss_sum=losses.sum(dtype=torch.float64), correct=(self._where == labels).sum()
-        )
+        return Scores(losses=losses, loss_sum=losses.sum(dtype=torch.float64), predicted=self._where)
 
 
 def plain_head(

@@ -74,6 +74,8 @@ class Prepared:
     """Some position is left out by the attention mask."""
     examples: range
     """Of the step."""
+    class_tokens: Tensor | None = None
+    """As `Batch` has them."""
 
 
 class PerturbedModel:
@@ -151,7 +153,7 @@ class PerturbedModel:
         inputs = with_mask(to_device(batch, self.device))
         each = batch.inputs.get("labels", next(iter(batch.inputs.values())))
         examples = range(examples_before, examples_before + len(each))
-        return Prepared(inputs, targets, has_padding(batch.inputs), examples)
+        return Prepared(inputs, targets, has_padding(batch.inputs), examples, batch.class_tokens)
 
     def begin_step(self, num_batches: int, most_sides: int) -> None:
         """So many micro-batches are to be perturbed, so many sides of each in one batch at most."""
@@ -281,10 +283,11 @@ class PerturbedModel:
         if self._head is not None:
             assert batch.targets is not None
             reached = self._reach_head(batch, hidden, Side.PLAIN)
-            scores = self._head.evaluate(reached, batch.targets, self.non_block)
-            total.add_sums(float(scores.loss_sum), int(scores.correct), batch.targets.labels.numel())
+            tokens, labels = batch.class_tokens, batch.inputs["labels"]
+            scores = self._head.evaluate(reached, batch.targets, self.non_block, tokens)
+            total.add_tokens(float(scores.loss_sum), labels, scores.predicted, tokens)
         else:
-            total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs)
+            total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs, batch.class_tokens)
 
     def _finish(self, batch: Prepared, hidden: Tensor, side: Side) -> Any:
         with self._tail(side), known_padding(batch.padded):

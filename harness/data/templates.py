@@ -51,7 +51,8 @@ def template_table(
     prompts = tokenizer.encode([rendered(template, row) for row in rows])
     if candidates.of_one_token:
         answers = [[candidates.tokens[row.label]] for row in rows]
-        return prompt_table(prompts, answers, tokenizer, seq_len)
+        table = prompt_table(prompts, answers, tokenizer, seq_len)
+        return replace(table, class_tokens=torch.tensor(candidates.tokens))
     words = _words_of_rows(rows, candidates, tokenizer)
     room = [seq_len - len(tokenizer.prefix) - max(map(len, each)) for each in words]
     if rows and min(room) < 1:

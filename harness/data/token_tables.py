@@ -48,6 +48,8 @@ class TokenTable:
     """int64, (rows,): position of the mask that stands for the word of a class."""
     choices: int = 1
     """Sequences of each row, one for each class, one after the other: its word is what is labelled in it."""
+    class_tokens: Tensor | None = None
+    """(classes,) int64, where each label is one token that says a class: those."""
     packed: bool = False
     """All rows fill the sequence length: no padding, no mask."""
     cut: int = 0
@@ -82,6 +84,8 @@ class TokenTable:
             answers=of_rows(self.answers, chosen),
             second=of_rows(self.second, chosen),
             masks=of_rows(self.masks, chosen),
+            # Parts that are saved to one file must not share memory.
+            class_tokens=None if self.class_tokens is None else self.class_tokens.clone(),
             cut=0,
         )
 
@@ -114,7 +118,8 @@ class TokenTable:
             inputs["token_type_ids"] = (places >= self.second[chosen].unsqueeze(1)).long() * mask
         if self.masks is not None:
             inputs[MASK_AT] = self.masks[chosen]
-        return Batch(inputs=inputs if self.packed else {**inputs, "attention_mask": mask})
+        inputs = inputs if self.packed else {**inputs, "attention_mask": mask}
+        return Batch(inputs=inputs, class_tokens=self.class_tokens)
 
     def _batch_of_choices(self, rows: Sequence[int], seq_len: int, pad_id: int) -> Batch:
         assert self.classes is not None
@@ -230,7 +235,9 @@ def end_to_end(table: TokenTable, seq_len: int) -> TokenTable:
     whole = start // seq_len == last // seq_len
     kept = blocks * seq_len
     packed = packed_table(table.tokens[:kept], blocks, seq_len)
-    return replace(packed, unlabelled=~(labelled & whole)[:kept], cut=table.cut)
+    return replace(
+        packed, unlabelled=~(labelled & whole)[:kept], class_tokens=table.class_tokens, cut=table.cut
+    )
 
 
 def packed_table(tokens: Tensor, rows: int, seq_len: int) -> TokenTable:
@@ -308,9 +315,11 @@ def answer_table(
     shared, answers = _class_answers(num_labels, tokenizer)
     texts = [row.text if row.second is None else f"{row.text}\n{row.second}" for row in rows]
     encoded = tokenizer.encode([f"{text}\nThis is" for text in texts])
-    return prompt_table(
+    table = prompt_table(
         [[*ids, *shared] for ids in encoded], [answers[row.label] for row in rows], tokenizer, seq_len
     )
+    of_one_token = all(len(ids) == 1 for ids in answers)
+    return replace(table, class_tokens=torch.tensor(answers).flatten()) if of_one_token else table
 
 
 def _class_answers(num_labels: int, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:

@@ -68,6 +68,15 @@ def metrics_of(
     return found | _majority(expected) | _classes(expected, predicted)
 
 
+def majority_class(evaluation: Evaluation) -> float | None:
+    """Share of the examples that are of the most frequent class; `None` where they have no classes, or not
+    each its own."""
+    expected = evaluation.expected
+    if len(expected) != evaluation.num_examples or any(isinstance(each, float) for each in expected):
+        return None  # texts, and answers with two ends; numbers
+    return _majority(expected).get("majority_class")
+
+
 def chosen_metric(name: str, known: Mapping[str, float]) -> str:
     """The metric that a checkpoint is kept by: `name`, or the task's own where that is empty.
 

@@ -76,6 +76,13 @@ class Summary:
     eval_loss_last: float | None = None
     eval_accuracy_first: float | None = None
     eval_accuracy_last: float | None = None
+    """Where each label is a class, of the task's own classes or words; in records without `eval_examples`,
+    out of the whole vocabulary, unless the job had a template."""
+    eval_examples: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
+    """That each of the two rests on. `None`: labels are the tokens of a text, nothing was evaluated, or the
+    record is of before this was kept."""
+    eval_majority_class: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """Share of those that are of the most frequent class; `None` also where there are no classes."""
     eval_s: float | None = None
     """Time of the last evaluation, all its batches."""
     setup_s: float | None = None

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from engines.base import Engine, Evaluation, StepStats
 from engines.errors import NonFiniteLoss
+from harness.records.metrics import majority_class
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
 from harness.runs.emulate import AppliedLimits
@@ -126,6 +127,8 @@ class RunRecording:
             eval_loss_last=None if last is None else last.loss,
             eval_accuracy_first=None if first is None else first.accuracy,
             eval_accuracy_last=None if last is None else last.accuracy,
+            eval_examples=None if first is None else first.num_examples,
+            eval_majority_class=None if first is None else majority_class(first),
             # Of the last: the first one loads kernels.
             eval_s=self.eval_s[-1] if last is not None else None,
             setup_s=self.setup_s,

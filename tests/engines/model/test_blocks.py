@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from engines.base import Batch
 from engines.errors import UserError
 from engines.model.blocks import BlockDriver, bind, find_blocks, first_names, materialize, without_cache
-from engines.model.evaluation import EvaluationSum, count_answers, count_correct, evaluate_on_device
+from engines.model.evaluation import EvaluationSum, evaluate_on_device
 from tiny_models import tiny_batches, tiny_blueprint
 
 FAMILIES = ["opt", "llama", "qwen2", "gpt2", "roberta", "bert"]
@@ -121,20 +121,42 @@ def test_correct_positions_are_counted_where_labels_are() -> None:
     for position, token in enumerate((2, 1, 0, 2)):
         logits[0, position, token] = 1.0
     labels = torch.tensor([[0, 2, -100, 1]])  # predicted from positions 0, 1 and 2: 2, 1, 0
-    assert count_correct(logits, labels) == (1, 2)
-    assert count_correct(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])) == (1, 2)
+
+    def counted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int, int | None]:
+        total = EvaluationSum()
+        total.add(SimpleNamespace(loss=torch.tensor(1.0), logits=logits), {"labels": labels})
+        found = total.result()
+        return found.accuracy * found.num_labels, found.num_labels, found.num_examples
+
+    assert counted(logits, labels) == (1, 2, None)  # of a text
+    assert counted(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1])) == (1, 2, 2)
+
+
+def test_what_a_model_says_of_a_class_is_one_of_the_classes_words() -> None:
+    """Token 4 is likelier than the words of both classes, 1 and 3, wherever a class is to be said."""
+    logits = torch.zeros(2, 3, 5)
+    logits[:, 1, 4] = 9.0
+    logits[0, 1, 3], logits[1, 1, 1] = 1.0, 1.0
+    labels = torch.tensor([[-100, -100, 3], [-100, -100, 3]])
+    output = SimpleNamespace(loss=torch.tensor(1.0), logits=logits)
+    words, vocabulary = EvaluationSum(), EvaluationSum()
+    words.add(output, {"labels": labels}, torch.tensor([1, 3]))
+    vocabulary.add(output, {"labels": labels})
+    found = words.result()
+    assert (found.accuracy, found.num_examples) == (0.5, 2)
+    assert (found.expected, found.predicted) == ((3, 3), (3, 1))
+    assert (vocabulary.result().accuracy, vocabulary.result().num_examples) == (0.0, None)
 
 
 def test_an_answer_is_right_where_both_its_ends_are() -> None:
     start_logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 9.0, 0.0]])
     end_logits = torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0], [0.0, 9.0, 0.0]])
     inputs = {"start_positions": torch.tensor([0, 1, 2]), "end_positions": torch.tensor([2, 1, 1])}
-    assert count_answers(start_logits, end_logits, inputs) == (1, 3)
     total = EvaluationSum()
     output = SimpleNamespace(loss=torch.tensor(2.5), start_logits=start_logits, end_logits=end_logits)
     total.add(output, inputs)
     found = total.result()
-    assert (found.loss, found.accuracy, found.num_labels) == (2.5, 1 / 3, 3)
+    assert (found.loss, found.accuracy, found.num_labels, found.num_examples) == (2.5, 1 / 3, 3, 3)
     assert (found.expected, found.predicted) == ((0, 2, 1, 1, 2, 1), (0, 2, 1, 2, 1, 1))
 
 

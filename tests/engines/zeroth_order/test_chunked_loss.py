@@ -48,6 +48,26 @@ def test_loss_and_accuracy_are_those_of_transformers(
         assert found.num_labels == expected.result().num_labels
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_is_said_of_a_class_is_the_likeliest_of_its_words(family: str) -> None:
+    blueprint = tiny_blueprint(family)
+    made = engine(blueprint)
+    words = torch.tensor([7, 11, 30])
+    (batch,) = tiny_batches(1, family)
+    labels = torch.full_like(batch.inputs["input_ids"], chunked_loss.IGNORED)
+    labels[:, 9] = words[:2]
+    batch = Batch(inputs={**batch.inputs, "labels": labels}, class_tokens=words)
+    with torch.no_grad():
+        output = blueprint.reference.eval()(**batch.inputs)
+    expected = EvaluationSum()
+    expected.add(output, batch.inputs, words)
+    assert made._model._head is not None
+    found, wanted = made.evaluate([batch]), expected.result()
+    assert (found.predicted, found.expected, found.num_examples) == (wanted.predicted, (7, 11), 2)
+    assert set(found.predicted) <= {7, 11, 30}
+    assert found.accuracy == wanted.accuracy
+
+
 def test_a_head_with_a_bias() -> None:
     def blueprint() -> TinyBlueprint:
         made = tiny_blueprint("llama")

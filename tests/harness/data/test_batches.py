@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,41 @@ def test_real_alpaca() -> None:
     assert "900 training and 99 held-out examples" in data.describe()
     for batch in [*data.evaluation, *data.step_batches(0)]:
         assert ((batch.inputs["labels"] != UNLABELLED).sum(1) >= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens"),
+    [
+        ({}, "bg"),  # bad and good differ in their first byte
+        ({"template": "{text} It was ", "labels": ("b", "d")}, "bd"),
+        # Of several bytes each: the words are scored whole, and labels are classes.
+        ({"template": "{text} It was", "labels": ("bad", "dog")}, None),
+    ],
+)
+def test_words_of_classes_go_with_the_batches_of_rows(
+    more: dict[str, Any], tokens: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tsv"
+    path.write_text("".join(f"text number {i}\t{i % 2}\n" for i in range(40)))
+    job = Job(
+        model=ModelSource(name="tiny-opt", random_weights=True), batch_size=2, seq_len=32, eval_batches=2,
+        data=DataSource(train=str(path), **more),
+    )  # fmt: skip
+    tokenized = tokenize(job, resolve_shape(job))
+    assert tokenized is not None
+    halves = replace(tokenized, test=tokenized.held_out.select([1]), held_out=tokenized.held_out.select([0]))
+    save_tokenized(halves, tmp_path / "data.safetensors")
+    data = batches_of(load_tokenized(tmp_path / "data.safetensors"), job)
+    for batch in (*data.step_batches(0), *data.evaluation, *data.test):
+        labels = batch.inputs["labels"]
+        if tokens is None:
+            assert batch.class_tokens is None
+            assert labels.dim() == 1
+            continue
+        assert batch.class_tokens is not None
+        assert text_of(batch.class_tokens) == tokens
+        assert set(labels[labels != UNLABELLED].tolist()) <= set(batch.class_tokens.tolist())
+        assert next(iter(batch.in_parts(1))).class_tokens is batch.class_tokens
 
 
 def test_built_in_reviews_stand_end_to_end_in_a_long_sequence() -> None:

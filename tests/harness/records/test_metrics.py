@@ -33,6 +33,18 @@ def test_the_majority_class_has_no_correlation() -> None:
     assert found["f1"] == pytest.approx(2 * 7 / (2 * 7 + 3))
 
 
+def test_a_share_of_the_most_frequent_class_needs_classes() -> None:
+    def of(expected: tuple[float, ...], examples: int | None) -> float | None:
+        found = Evaluation(loss=1.0, accuracy=0.5, num_labels=4, num_examples=examples, expected=expected)
+        return metrics.majority_class(found)
+
+    assert of((1, 1, 0, 1), 4) == 0.75
+    assert of((1.0, 1.0, 0.0, 1.0), 4) is None  # numbers to be predicted
+    assert of((3, 5, 3, 5, 3, 5, 3, 5), 4) is None  # the two ends of answers
+    assert of((1, 1, 0, 1), None) is None  # a token of a text each
+    assert of((), 4) is None
+
+
 def test_two_classes_by_their_definitions() -> None:
     rng = random.Random(0)
     expected = [float(rng.random() < 0.6) for _ in range(200)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripted_runs import scripted_job
 
-from engines.base import Batch, Context, StepStats
+from engines.base import Batch, Context, Evaluation, StepStats
 from engines.decoding import Decoded, GenerationRequest
 from engines.errors import NonFiniteLoss
 from engines.methods.scripted import Scripted
@@ -142,6 +142,16 @@ def test_evaluates_before_and_after_only_when_asked() -> None:
     assert summary.eval_s == 2.0
     assert (summary.step_s_low, summary.step_s_high) == (0.5, 0.5)  # no evaluation is in a step's time
     assert record(scripted_job(), make_engine(job)).evaluations == []
+
+
+def test_what_accuracy_rests_on_is_kept() -> None:
+    found = Evaluation(loss=1.0, accuracy=0.5, num_labels=4, num_examples=4, expected=(1, 0, 1, 1))
+    recording = RunRecording(tokens_per_step=8, evaluations=[found, found], eval_s=[1.0, 1.0])
+    summary = recording.summary()
+    assert (summary.eval_examples, summary.eval_majority_class) == (4, 0.75)
+    of_text = replace(recording.evaluations[0], num_examples=None, expected=())
+    recording.evaluations = [of_text, of_text]
+    assert recording.summary().eval_examples is recording.summary().eval_majority_class is None
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
