@@ -18,13 +18,18 @@ FIRST_STEPS, SEEN_STEPS = 2, 4
 chosen. An even number: steps that are slow and fast in turn, as they are where one begins before the other's
 updates have ended, have the mean of both for their median."""
 
+DECIDING_SHARE = 1.25
+"""Of the time in which the GPU is busy, what updates take at the least, in each of the steps that do not
+count, where the CPU plainly decides how long a step takes: then all threads are taken from then on."""
+
 HIDDEN_SHARE = 0.9
 """Of the time in which the GPU is busy, what updates may take that hide behind it: nothing is left to hide
 behind for those of the block whose gradients come last."""
 
 WORTH_SHARE = 0.98
-"""Of a step with half the threads, what one with all of them takes at the most if they are kept. Medians of
-so few steps differ by as much by chance, and fewer threads are better for all else on the host."""
+"""Of a step with half the threads, or of its updates where the CPU plainly decides, what one with all of them
+takes at the most if they are kept. Medians of so few steps differ by as much by chance, and fewer threads are
+better for all else on the host."""
 
 
 def most_adam_threads() -> int:
@@ -43,7 +48,9 @@ class AdamThreads:
     moments 79 and 70, though an update takes a tenth longer (engines/EXPERIMENTS.md).
 
     Whether they hide is told by busy times, which spread less than steps do. Only where they do not is the
-    other number tried.
+    other number tried: after a few steps, or at once where the CPU plainly decides, as then steps with half
+    the threads take up to 1.4 times as long, and a run of few steps would be judged by those (13 B parameters
+    streamed, on an H200's host of 16 cores: 2.8 s with half the threads, 2.1 with all).
     """
 
     def __init__(self, clock_s: Callable[[], float] = now_s) -> None:
@@ -54,8 +61,10 @@ class AdamThreads:
         """`count`: for the updates from now on."""
         self._last_s: float | None = None
         self._to_ignore = FIRST_STEPS
+        self._ignored: list[_SeenStep] = []
         self._seen: list[_SeenStep] = []
         self._with_half_s: float | None = None
+        self._took_all_at_once = False
         self._is_settled = self._half == self._most
 
     def step_ended(self, cpu_s: float, gpu_s: float | None) -> None:
@@ -67,25 +76,37 @@ class AdamThreads:
         self._last_s = now
         if before is None:
             return
+        seen = _SeenStep(now - before, cpu_s, gpu_s)
         if self._to_ignore > 0:
             self._to_ignore -= 1
+            self._ignored.append(seen)
+            if len(self._ignored) == FIRST_STEPS and _the_cpu_decides(self._ignored):
+                self._took_all_at_once = True
+                self._try_all(min(each.cpu_s for each in self._ignored))
             return
-        self._seen.append(_SeenStep(now - before, cpu_s, gpu_s))
+        self._seen.append(seen)
         if len(self._seen) == SEEN_STEPS:
             self._choose(self._seen)
             self._seen = []
 
     def _choose(self, seen: Sequence[_SeenStep]) -> None:
-        step_s = statistics.median(each.step_s for each in seen)
-        if self._with_half_s is not None:
+        # Updates, not steps, where all were taken at once: there are no steps with half but those in which
+        # kernels are compiled.
+        taken_s = statistics.median(each.cpu_s if self._took_all_at_once else each.step_s for each in seen)
+        if self._took_all_at_once and _are_hidden(seen):  # only in those did the CPU decide
+            self._took_all_at_once, self._with_half_s = False, None
+            self.count, self._to_ignore = self._half, 1
+        elif self._with_half_s is not None:
             self._is_settled = True
-            if step_s > WORTH_SHARE * self._with_half_s:
+            if taken_s > WORTH_SHARE * self._with_half_s:
                 self.count = self._half
-            return
-        if _are_hidden(seen):
+        elif _are_hidden(seen):
             self._is_settled = True
-            return
-        self._with_half_s = step_s
+        else:
+            self._try_all(taken_s)
+
+    def _try_all(self, with_half_s: float) -> None:
+        self._with_half_s = with_half_s
         self.count = self._most
         self._to_ignore = 1  # in it updates of both are made
 
@@ -94,6 +115,10 @@ class _SeenStep(NamedTuple):
     step_s: float
     cpu_s: float
     gpu_s: float | None
+
+
+def _the_cpu_decides(seen: Sequence[_SeenStep]) -> bool:
+    return all(each.gpu_s is not None and each.cpu_s >= DECIDING_SHARE * each.gpu_s for each in seen)
 
 
 def _are_hidden(seen: Sequence[_SeenStep]) -> bool:

@@ -62,9 +62,33 @@ def test_half_the_threads_where_steps_are_no_faster_with_all() -> None:
 
 
 def test_all_threads_where_the_cpu_decides() -> None:
-    found = counts(lambda _, count: 8.0 / count, cpu_s=lambda _, count: 7.0 / count, gpu_s=lambda *_: 0.1)
-    assert found[:STEPS] == [15] * STEPS
-    assert set(found[STEPS:]) == {30}
+    """After some steps; or from the third on where it plainly does."""
+    for gpu_s, after in ((0.45, STEPS), (0.1, 1 + FIRST_STEPS)):
+        found = counts(
+            lambda _, count: 8.0 / count,
+            cpu_s=lambda _, count: 7.0 / count,
+            gpu_s=lambda *_, busy_s=gpu_s: busy_s,  # type: ignore[misc]
+        )
+        assert found[:after] == [15] * after
+        assert set(found[after:]) == {30}
+
+
+def test_half_the_threads_where_updates_are_no_faster_with_all() -> None:
+    """As beside other programs, though the CPU plainly decides. Kernels are compiled in the first steps."""
+    for with_all_s, chosen in ((0.69, 15), (0.8, 15), (0.6, 30)):
+        found = counts(
+            lambda step, _: 9.0 if step < 3 else 0.8,
+            cpu_s=lambda _, count, most_s=with_all_s: 0.7 if count == 15 else most_s,  # type: ignore[misc]
+            gpu_s=lambda *_: 0.1,
+        )
+        assert found[1 + FIRST_STEPS : 1 + FIRST_STEPS + 1 + SEEN_STEPS] == [30] * (1 + SEEN_STEPS)
+        assert set(found[-STEPS:]) == {chosen}
+
+
+def test_one_step_whose_updates_are_slow_is_not_plain() -> None:
+    for slow in range(1, 1 + FIRST_STEPS):
+        busy: StepS = lambda step, _, slow=slow: 9.0 if step == slow else 0.05  # type: ignore[misc]  # noqa: E731
+        assert set(counts(lambda *_: 0.08, cpu_s=busy, gpu_s=lambda *_: 0.07)) == {15}
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -87,7 +111,9 @@ def test_one_slow_step_decides_nothing() -> None:
     found = counts(lambda step, count: 9.0 if step in slow else 0.08 if count == 15 else 0.07)
     assert found[-1] == 30
     busy: StepS = lambda step, _: 9.0 if step in slow else 0.05  # noqa: E731
-    assert set(counts(busy, cpu_s=busy, gpu_s=lambda *_: 0.07)) == {15}
+    found = counts(busy, cpu_s=busy, gpu_s=lambda *_: 0.07)
+    assert found.count(30) == 1 + SEEN_STEPS  # as the CPU decided in the first ones; tried, and not kept
+    assert set(found[1 + FIRST_STEPS + 1 + SEEN_STEPS :]) == {15}
 
 
 @given(
@@ -99,7 +125,7 @@ def test_it_settles_for_good(times_s: list[float], gpu_s: list[float], is_known:
     busy_s: StepS | None = (lambda step, _: gpu_s[step]) if is_known else None
     found = counts(lambda step, _: times_s[step], cpu_s=lambda step, _: times_s[step], gpu_s=busy_s)
     assert set(found) <= {15, 30}
-    assert len(set(found[STEPS + 1 + SEEN_STEPS :])) == 1
+    assert len(set(found[1 + FIRST_STEPS + 3 * (1 + SEEN_STEPS) :])) == 1
 
 
 def test_few_threads_are_all_taken() -> None:
