@@ -226,7 +226,7 @@ def _judge(criterion: Criterion, method: str, measurements: Measurements) -> Jud
         holds = {criterion.holds(low), criterion.holds(high)}
         outcome = "unknown" if len(holds) == 2 else "pass" if holds == {True} else "fail"
         if outcome == "unknown":
-            note = say("note.too_noisy")
+            note = finding.undecided or say("note.too_noisy")
     return JudgedCriterion(
         id=criterion.id,
         metric=criterion.metric,
@@ -366,4 +366,4 @@ def _beside_native(engine: str, all_: Measurements) -> str:
 
 def _quality(engine: str, all_: Measurements) -> str:
     found = learned(engine, all_)
-    return say(f"verdict.{found.kind}", value=found.after) if found else ""
+    return say(f"verdict.{found.kind}", value=found.told) if found else ""

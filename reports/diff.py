@@ -64,7 +64,7 @@ def _word(one: ChangedMethod) -> CellValue:
 
 def _quality(one: ChangedMethod, side: ComparedFolder) -> CellValue:
     found = learned(one.engine, side.all_, of_random_weights=True)
-    return None if found is None else found.after
+    return None if found is None else found.told
 
 
 def _memory(one: ChangedMethod, side: ComparedFolder) -> float | None:

@@ -1,4 +1,7 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
+
+Longer than 400 lines: what every metric means stands in one place.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from harness.records.stats import (
 )
 from profiles.machine import Machine
 from reports.criteria import Criteria, Metric
+from reports.examples import over_examples
 from reports.format import GIB
 from reports.load import engine_order
 from reports.messages import say
@@ -43,6 +47,8 @@ class MetricFinding:
     """The range rests on the steps of a single run, as there is no other."""
     runs: int = 0
     """Runs that `value` rests on."""
+    undecided: str | None = None
+    """Why, where the range reaches both sides of a threshold; `None`: the runs disagree."""
     predicted: float | None = None
     applies: bool = True
     """False: there is nothing to judge, or not by `value`; `note` says why."""
@@ -359,10 +365,20 @@ def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
 
 
 def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
+    """With the wider of the two ranges, over runs and over examples."""
     found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
-    if found is None and rounds.ok:
-        return MetricFinding(note=say("note.no_evaluation"))
-    return _from_spread(found)
+    if found is None:
+        return MetricFinding(note=say("note.no_evaluation") if rounds.ok else None)
+    finding, examples = _from_spread(found), over_examples(rounds)
+    if examples is None:
+        return replace(finding, note=say("note.examples_not_counted"))
+    low, high = found.interval or (found.low, found.high)
+    return replace(
+        finding,
+        low=min(examples.low, low),
+        high=max(examples.high, high),
+        undecided=say("note.few_examples", count=examples.count),
+    )
 
 
 def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:

@@ -20,6 +20,7 @@ from profiles.language import quantity, translated
 from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import JudgedCriterion, Verdict, asked, measured_value
+from reports.examples import over_examples
 from reports.format import (
     JOULES,
     NUMBER,
@@ -38,6 +39,7 @@ from reports.format import (
     span,
     times,
 )
+from reports.judging.quality import examples_text
 from reports.judging.stated import ratio_text
 from reports.load import Loaded, engine_order
 from reports.messages import say
@@ -404,6 +406,8 @@ def _evaluation(rounds: Rounds) -> str:
         typical(rounds, lambda run: run.summary.eval_accuracy_last),
         _percent_fine,
     )
+    if (examples := over_examples(rounds)) is not None:
+        accuracy = say("quality.told", value=accuracy, examples=examples_text(examples))
     losses = _first_to_last(
         typical(rounds, lambda run: run.summary.eval_loss_first),
         typical(rounds, lambda run: run.summary.eval_loss_last),

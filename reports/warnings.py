@@ -18,6 +18,7 @@ from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria, default_criteria
 from reports.findings import exactness
 from reports.format import loss, middle, span
+from reports.judging.quality import learned
 from reports.judging.ranking import best_quality
 from reports.messages import say
 from reports.metrics import Measurements, ends, is_emulated, largest, predicted
@@ -35,6 +36,7 @@ def warnings(
         _about_criteria(runs, criteria),
         _about_offload(criteria),
         _about_failures(all_),
+        _about_guessing(all_),
         _about_surroundings(runs),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _about_native(runs, method),
@@ -148,6 +150,16 @@ def _about_quality(all_: Measurements) -> str | None:
     if len(all_.rounds) < 2 or (best := best_quality(all_.rounds, all_)) is None or best.told:
         return None
     return say("warning.too_short_to_tell", before=loss(best.before), after=loss(best.after))
+
+
+def _about_guessing(all_: Measurements) -> str | None:
+    """Accuracy that another draw of examples could have brought down to that of one and the same answer."""
+    found = {engine: learned(engine, all_) for engine in all_.engines}
+    guessing = {engine: one for engine, one in found.items() if one is not None and one.is_guessing}
+    if not guessing:
+        return None
+    items = "; ".join(say("warning.item", engine=each, value=one.told) for each, one in guessing.items())
+    return say("warning.guessing", majority=next(iter(guessing.values())).majority, items=items)
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:

@@ -60,6 +60,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("__init__", "messages", "charts", "criteria_templates", "question"),
         ("criteria",),
         ("format", "load"),
+        ("examples",),
         ("metrics",),
         ("findings",),
         ("judging",),

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engines import YARDSTICK
 from harness.records.run import Run
-from reports.format import loss
+from reports.examples import OverExamples, over_examples
+from reports.format import loss, span
 from reports.messages import say
 from reports.metrics import Measurements, typical
 
@@ -42,6 +43,17 @@ class QualityReached:
     after: str
     native: str
     """Native's after its last step; empty where it is not known, or is this one."""
+    examples: str = ""
+    """Of how many examples accuracy is, with the interval over them; empty where they were not counted."""
+    majority: str = ""
+    """Share of the most frequent class; empty where it is not known."""
+    is_guessing: bool = False
+    """What `after` may be of other examples reaches down to that share."""
+
+    @property
+    def told(self) -> str:
+        """`after`, with `examples`."""
+        return say("quality.told", value=self.after, examples=self.examples) if self.examples else self.after
 
 
 def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False) -> QualityReached | None:
@@ -53,15 +65,26 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
     if rounds.ok[0].model.random_weights and not of_random_weights:
         return None
     for kind, first, last, show in _KINDS:
-        after, beside = typical(rounds, last), typical(native, last)
+        after, others = typical(rounds, last), typical(native, last)
         if after is not None:
+            examples = over_examples(rounds) if kind == "accuracy" else None
+            majority = examples.majority_class if examples else None
             return QualityReached(
                 kind=kind,
                 before=show(typical(rounds, first)),
                 after=show(after),
-                native="" if engine == YARDSTICK or beside is None else show(beside),
+                native="" if engine == YARDSTICK or others is None else show(others),
+                examples=examples_text(examples) if examples else "",
+                majority="" if majority is None else accuracy(majority),
+                is_guessing=examples is not None and majority is not None and examples.low <= majority,
             )
     return None
+
+
+def examples_text(examples: OverExamples) -> str:
+    """`of 32 examples (95 %: 64.7 to 91.1 %)`."""
+    range_ = span(accuracy(examples.low), accuracy(examples.high))
+    return say("quality.examples", count=f"{examples.count:,}", range=range_)
 
 
 def why_unknown(engine: str, all_: Measurements) -> str:
@@ -80,6 +103,13 @@ def is_random(run: Run) -> bool:
 
 
 def learned_text(found: QualityReached) -> str:
-    """`accuracy 81.2 % on held-out data (before: 50.0 %; native: 83.0 %)`."""
+    """`accuracy 81.2 % of 32 examples (95 %: 64.7 to 91.1 %) on held-out data; before training 50.0 %`."""
     native = say("quality.native", value=found.native) if found.native else ""
-    return say(f"quality.{found.kind}", after=found.after, before=found.before, native=native)
+    return say(
+        f"quality.{found.kind}", after=found.told, before=found.before, native=majority_text(found) + native
+    )
+
+
+def majority_text(found: QualityReached) -> str:
+    """`; the most frequent class alone 53.1 %`, or nothing."""
+    return say("quality.majority", value=found.majority) if found.majority else ""

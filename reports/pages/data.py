@@ -52,7 +52,8 @@ RUN_FIELDS: tuple[tuple[str, Callable[[Run], CellValue]], ...] = (
             "step_s_median", "step_s_p10", "step_s_p90", "tokens_per_s", "peak_gpu_allocated_bytes",
             "peak_gpu_reserved_bytes", "peak_gpu_nvml_bytes", "peak_host_bytes", "pinned_bytes", "h2d_bytes",
             "d2h_bytes", "energy_j", "loss_first", "loss_last", "eval_loss_first", "eval_loss_last",
-            "eval_accuracy_first", "eval_accuracy_last", "setup_s", "floor_share",
+            "eval_accuracy_first", "eval_accuracy_last", "eval_examples", "eval_majority_class", "setup_s",
+            "floor_share",
         )
     ),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from reports.criteria import Criteria
 from reports.decide import Verdict, state_text, state_word
 from reports.format import counted, digits, percent, span, times
 from reports.judging import stated
-from reports.judging.quality import learned, learned_text, why_unknown
+from reports.judging.quality import learned, learned_text, majority_text, why_unknown
 from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
 from reports.messages import say
@@ -199,10 +199,11 @@ def _quality_tile(engine: str, all_: Measurements) -> Tile:
             known=False,
         )
     native = say("tile.quality_native", value=found.native) if found.native else ""
+    detail = say("tile.quality_before", value=found.before, native=majority_text(found) + native)
     return Tile(
         label=say(f"tile.{found.kind}"),
         value=found.after,
-        detail=say("tile.quality_before", value=found.before, native=native),
+        detail=say("tile.of_examples", examples=found.examples, more=detail) if found.examples else detail,
     )
 
 

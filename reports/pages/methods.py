@@ -78,7 +78,7 @@ def _quality(kind: str) -> Column[MethodInShort]:
         found = learned(one.engine, one.all_, of_random_weights=True)
         if found is None or found.kind != kind:
             return None
-        return say("table.first_to_last", first=found.before, last=found.after)
+        return say("table.first_to_last", first=found.before, last=found.told)
 
     return Column(kind, of, shown=where_known(of))
 

@@ -66,7 +66,7 @@ def _own_phrases(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[st
             )
     found = learned(engine, all_)
     if found is not None:
-        yield say(f"phrase.{found.kind}", method=engine, before=found.before, after=found.after)
+        yield say(f"phrase.{found.kind}", method=engine, before=found.before, after=found.told)
     reference = ENGINES[engine].reference
     same = compare_with_reference(engine, reference, all_) if reference else None
     if reference and same is not None and not same.differ:

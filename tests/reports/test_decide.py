@@ -25,6 +25,7 @@ from reports.criteria import (
 )
 from reports.decide import JudgedCriterion, Verdict, decide, exit_code, parse_fail_on, state_of
 from reports.judging import stated
+from reports.judging.quality import learned, learned_text
 from reports.judging.ranking import Standing, beaten_by, beats, is_faster, quality
 from reports.judging.untried import Untried, to_try
 from reports.metrics import find, group
@@ -624,3 +625,47 @@ def test_hours_and_cost_of_the_whole_job() -> None:
         one("job_hours", [make_run()]).note
         == "nobody said how much is to be trained ([job] in the criteria file)"
     )
+
+
+def test_accuracy_is_judged_over_examples_where_that_says_less_than_the_runs() -> None:
+    """22 of 32 in every run: the runs agree, and the next 32 examples need not."""
+    asked = criterion("accuracy", 0.6, comparison="at least", engine="zo2")
+
+    def judged(share: float, examples: int | None, *more: float) -> JudgedCriterion:
+        shares = (share, share, share, *more)
+        runs = [
+            make_run(job=REAL, round=i, eval_accuracy_last=each, eval_examples=examples)
+            for i, each in enumerate(shares, 1)
+        ]
+        return decide(runs, criteria(asked)).rows[0]
+
+    few = judged(22 / 32, 32)
+    assert (few.outcome, few.note) == ("unknown", "of 32 examples, which are too few to say")
+    assert (few.measured_low, few.measured_high) == pytest.approx((0.514, 0.820), abs=5e-4)
+    assert judged(0.6875, 872).outcome == "pass"
+    assert judged(0.5, 872).outcome == "fail"
+    wide = judged(0.6875, 872, 0.55)  # the runs say less than so many examples
+    assert (wide.outcome, wide.measured_low) == ("unknown", 0.55)
+    uncounted = judged(22 / 32, None)
+    assert uncounted.outcome == "pass"
+    assert uncounted.note == "how many examples it rests on is not known, so the range is over runs alone"
+
+
+def test_accuracy_is_told_with_its_examples_and_what_guessing_has() -> None:
+    measured = {
+        "eval_accuracy_first": 0.5, "eval_accuracy_last": 22 / 32, "eval_examples": 32,
+        "eval_majority_class": 18 / 32,
+    }  # fmt: skip
+    runs = [make_run("native", round=i, job=REAL, **measured) for i in (1, 2, 3)]
+    told = "accuracy 68.8 % of 32 examples (95 %: 51.4 to 82.0 %)"
+    verdict = decide(runs, default_criteria())
+    assert told in verdict.sentence
+    (warning,) = [each for each in verdict.warnings if each.startswith("Accuracy is not told apart")]
+    assert "(56.2 %): native 68.8 % of 32 examples (95 %: 51.4 to 82.0 %)." in warning
+    found = learned("native", group(runs, None))
+    assert found is not None
+    assert learned_text(found) == (
+        f"{told} on held-out data; before training 50.0 %; the most frequent class alone 56.2 %"
+    )
+    many = [replace(run, summary=replace(run.summary, eval_examples=872)) for run in runs]
+    assert not any("most frequent class" in each for each in decide(many, default_criteria()).warnings)
