@@ -119,14 +119,8 @@ from engines.subspace.bias_check import (
 )
 from engines.subspace.compressed_linear import compress_gradient, restore
 from engines.subspace.core_checkpoint import load_cores, save_cores
-from engines.subspace.cores import (
-    CoreBlock,
-    CoreMatrix,
-    Cores,
-    CoreState,
-    move_moments,
-    warn_of_idle,
-)
+from engines.subspace.core_matrix import CoreMatrix, warn_of_idle
+from engines.subspace.cores import CoreBlock, Cores, CoreState, move_moments
 from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.projector import Projector
 from engines.subspace.rank_projectors import follow_moments, follow_projectors

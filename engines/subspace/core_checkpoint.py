@@ -11,7 +11,8 @@ from torch import Tensor
 
 from engines.errors import UserError
 from engines.subspace.bias_check import Check
-from engines.subspace.cores import CoreChunk, CoreMatrix, Cores
+from engines.subspace.core_matrix import CoreMatrix
+from engines.subspace.cores import CoreChunk, Cores
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:

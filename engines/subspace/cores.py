@@ -1,125 +1,32 @@
-"""Compressed gradients: how they are made, and where they lie on the GPU and on the host.
+"""Compressed gradients: where they lie on the GPU and on the host.
 
-A core is made in its block's slot of GPU memory and travels with its neighbours, as a chunk
-(`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
-
-Longer than 400 lines: a core's places on the GPU and on the host are laid out together.
+A core is made in its block's slot of GPU memory (`engines.subspace.core_matrix`) and travels with its
+neighbours, as a chunk (`engines.cpu_updates.pipeline`). `engines.methods.lsp` is the method.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engines.base import ReportProgress
-from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS, forms_gradient
+from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS
 from engines.cpu_updates.chunks import OfRanks, StepShare
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
-from engines.subspace.projector import Projector, compress, transport_moments
-from engines.subspace.residual import Residual, make_residual, residual_buffers
+from engines.subspace.core_matrix import Calibrator, CoreMatrix, core_matrices
+from engines.subspace.projector import Projector, transport_moments
+from engines.subspace.residual import residual_buffers
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab, HostSlabs
 from engines.transfer.shared_memory import shared_slabs
 from engines.world import ALONE, World
-
-
-class Calibrator(Protocol):
-    """Says when gradients are formed to test the projectors, and tests them."""
-
-    calibrates: bool
-    """The backward pass under way tests the bias of every matrix."""
-
-    def check(self, matrix: CoreMatrix, gradient: Tensor) -> None:
-        """Test the pair on this gradient (m, n), before its core is made."""
-
-
-@dataclass(kw_only=True, eq=False)
-class CoreMatrix:
-    """A weight matrix in its subspace, and where its core lies. An
-    `engines.subspace.compressed_linear.Collector`."""
-
-    calibrator: Calibrator
-    subspace: Subspace
-    forms_gradient: bool
-    """G is formed and compressed, which costs less than compressing its factors."""
-    core: Tensor
-    """(d, d) on the GPU, in its block's slot: the compressed gradient, of the weights' dtype."""
-    sum: Tensor | None
-    """(d, d) fp32: the sum over micro-batches, if there are several."""
-    residual: Residual | None
-    """What the core leaves out takes a step too."""
-    offset: int
-    """Of its core, in elements, in its chunk."""
-    is_collected: bool = False
-    """The core holds gradient of the backward pass under way."""
-
-    def of(self, chunk: Tensor) -> Tensor:
-        """Its part, (d, d), of what a chunk holds, (elements,)."""
-        d = self.subspace.d
-        return chunk[self.offset : self.offset + d * d].view(d, d)
-
-    @property
-    def kept_width(self) -> int | None:
-        """Columns of what `keep` gives in a step that tests no projector; `None`: its input."""
-        return None if self.forms_gradient else self.subspace.d
-
-    def keep(self, x: Tensor) -> Tensor:
-        """What the forward pass keeps of its input (tokens, in): it, or its compression (tokens, d)."""
-        if self.forms_gradient or self.calibrator.calibrates:
-            return x
-        subspace = self.subspace
-        return (subspace.left if subspace.inputs_are_rows else subspace.right).project(x)
-
-    @torch.no_grad()
-    def collect(self, kept: Tensor, gradient: Tensor) -> None:
-        """S = (dY P)^T (X Q), (d, d), of dY (tokens, out); with P and Q swapped where W^T is stored."""
-        subspace = self.subspace
-        whole = self.forms_gradient or self.calibrator.calibrates
-        if not whole:
-            gradient = (subspace.right if subspace.inputs_are_rows else subspace.left).project(gradient)
-        above, across = (kept, gradient) if subspace.inputs_are_rows else (gradient, kept)
-        if whole:
-            formed = above.T @ across
-            if self.calibrator.calibrates:
-                self.calibrator.check(self, formed)
-            core = compress(formed, subspace.left, subspace.right)
-            if self.residual is not None:
-                self.residual.take(formed, core, subspace.left, subspace.right, adds=self.is_collected)
-            self._take(core)
-        elif self.sum is not None and above.is_cuda and above.dtype != torch.float32:
-            self._take(torch.ops.aten.mm.dtype(above.T, across, torch.float32))
-        elif self.sum is None and not self.is_collected:
-            torch.mm(above.T, across, out=self.core)
-            self.is_collected = True
-        else:
-            self._take(above.T @ across)
-
-    def _take(self, core: Tensor) -> None:
-        if self.sum is not None:
-            self.sum.add_(core)
-        elif self.is_collected:
-            self.core.add_(core)
-        else:
-            self.core.copy_(core)
-        self.is_collected = True
-
-    def finish(self) -> None:
-        """The backward pass of the block is over."""
-        if self.sum is not None:
-            self.core.copy_(self.sum)
-        elif not self.is_collected:
-            self.core.zero_()
-        if self.residual is not None:
-            self.residual.finish(self.core if self.is_collected else None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -224,12 +131,12 @@ class Cores:
 
         `subspaces` are those of each block that has any, in the order of the blocks. Where all micro-batches
         pass a block together, one block's sums are there at a time."""
-        offload, block_major = settings.offload, settings.block_major
-        sizes = [sum(each.d**2 for each in members) for members in subspaces]
-        kept = torch.bfloat16 if settings.moments == "bf16" else torch.float32
-        self._moments = _Moments(sum(sizes), kept, world, progress)
-        self._wire = _OnHost(len(sizes), sum(sizes), dtype, device if offload else None, world, progress)
-        norms_on_host, incoming, outgoing = self._wire.own_norms, self._wire.own_incoming, self._wire.outgoing
+        sizes = [_elements(members) for members in subspaces]
+        moments = torch.bfloat16 if settings.moments == "bf16" else torch.float32
+        pinned_for = device if settings.offload else None
+        self._settings = settings
+        self._moments = _Moments(sum(sizes), moments, world, progress)
+        self._wire = _OnHost(len(sizes), sum(sizes), dtype, pinned_for, world, progress)
         self.first: list[int] = []
         """Of each chunk, by number: its first element among all cores."""
         self.squared_norms = torch.zeros(len(sizes), device=device)
@@ -238,54 +145,63 @@ class Cores:
         HAZARD: a block's must not change before it has been downloaded, which may be as late as when the
         block's update is waited for.
         """
-        slots = [
-            torch.empty(max(sizes), dtype=dtype, device=device)
-            for _ in range(min(len(sizes), CORE_SLOTS) if offload else len(sizes))
-        ]
+        num_slots = min(len(sizes), CORE_SLOTS) if settings.offload else len(sizes)
+        slots = [torch.empty(max(sizes), dtype=dtype, device=device) for _ in range(num_slots)]
         self.slot_free = [Event() for _ in slots]
         """When the block that last had a slot has left it; block i has slot i modulo their number."""
-        self._own_sums = not block_major
+        self._own_sums = not settings.block_major
         self._sums: list[Tensor | None] = [None] * len(sizes)
         """(elements,) fp32, of each block; block by block it is the same memory."""
         if workload.accumulation > 1:
-            buffer_sizes = [max(sizes)] if block_major else sizes
-            made = [torch.zeros(size, device=device) for size in buffer_sizes]
-            self._sums = [made[i % len(made)][:size] for i, size in enumerate(sizes)]
+            made = [torch.zeros(size, device=device) for size in (sizes if self._own_sums else [max(sizes)])]
+            self._sums = [made[place % len(made)][:size] for place, size in enumerate(sizes)]
+        left_out = residual_buffers(subspaces, dtype, device) if settings.residual else []
         self.blocks: list[CoreBlock] = []
-        begin = 0
-        buffers_for_residuals = residual_buffers(subspaces, dtype, device) if settings.residual else []
-        for index, members in enumerate(subspaces):
-            core = slots[index % len(slots)][: sizes[index]]
-            on_host = outgoing[begin : begin + sizes[index]]
-            sums = self._sums[index]
+        begin = 0  # of a chunk, among all cores
+        for place, members in enumerate(subspaces):
+            core, sums = slots[place % len(slots)], self._sums[place]
+            of_block, buffers = begin, iter(left_out)
             chunks: list[CoreChunk] = []
-            first = 0
             for group in _grouped(members):
-                count = sum(each.d**2 for each in group)
-                moment, variance = self._moments.take(count)
-                state = CoreState(
-                    deadline=index,
-                    number=len(self.first),
-                    incoming=incoming[begin : begin + count],
-                    outgoing=outgoing[begin : begin + count],
-                    moment=moment,
-                    variance=variance,
-                    squared_norm=norms_on_host[index : index + 1],
-                    settings=settings,
-                    key=noise_key(seed, index, len(chunks)),
+                end = begin + _elements(group)
+                own = slice(begin - of_block, end - of_block)  # of its block's cores
+                its_sums = None if sums is None else sums[own]
+                chunks.append(
+                    CoreChunk(
+                        state=self._state(place, begin, end, noise_key(seed, place, len(chunks))),
+                        matrices=core_matrices(
+                            group, core[own], its_sums, calibrator, workload, settings.residual, buffers
+                        ),
+                        core=core[own],
+                    )
                 )
-                part = core[first : first + count]
-                of_part = None if sums is None else sums[first : first + count]
-                left_out = buffers_for_residuals[sum(len(chunk.matrices) for chunk in chunks) :]
-                matrices = _matrices(group, part, of_part, calibrator, workload, settings.residual, left_out)
-                chunks.append(CoreChunk(state=state, matrices=matrices, core=part))
-                self.first.append(begin)
-                first += count
-                begin += count
-            norm = self.squared_norms[index : index + 1]
-            self.blocks.append(CoreBlock(chunks=chunks, core=core, on_host=on_host, squared_norm=norm))
+                begin = end
+            self.blocks.append(
+                CoreBlock(
+                    chunks=chunks,
+                    core=core[: sizes[place]],
+                    on_host=self._wire.outgoing[of_block:begin],
+                    squared_norm=self.squared_norms[place : place + 1],
+                )
+            )
         self.place = {members[0].block: place for place, members in enumerate(subspaces)}
         """Where in `blocks` a block of the model is, by its index there."""
+
+    def _state(self, place: int, begin: int, end: int, key: int) -> CoreState:
+        """Of the next chunk, which is one of the block at `place` and has these elements of all cores."""
+        self.first.append(begin)
+        moment, variance = self._moments.take(end - begin)
+        return CoreState(
+            deadline=place,
+            number=len(self.first) - 1,
+            incoming=self._wire.own_incoming[begin:end],
+            outgoing=self._wire.outgoing[begin:end],
+            moment=moment,
+            variance=variance,
+            squared_norm=self._wire.own_norms[place : place + 1],
+            settings=self._settings,
+            key=key,
+        )
 
     def of_ranks(self, place: int, state: CoreState, places: Sequence[int]) -> OfRanks:
         """What the ranks bring of a chunk of the block at `place`; `places` are of no meaning."""
@@ -403,60 +319,20 @@ class _Moments:
         self._held.close()
 
 
-def _matrices(
-    subspaces: Sequence[Subspace],
-    core: Tensor,
-    sums: Tensor | None,
-    calibrator: Calibrator,
-    workload: Workload,
-    residual: float,
-    buffers: Sequence[Tensor],
-) -> list[CoreMatrix]:
-    """`buffers` are for what `residual`, if any, steps along: for each matrix one."""
-    offset, found = 0, []
-    for place, each in enumerate(subspaces):
-        d, rows, columns = each.d, each.left.rows, each.right.rows
-        found.append(
-            CoreMatrix(
-                calibrator=calibrator,
-                subspace=each,
-                forms_gradient=residual > 0 or forms_gradient(rows, columns, d, workload),
-                core=core[offset : offset + d * d].view(d, d),
-                sum=None if sums is None else sums[offset : offset + d * d].view(d, d),
-                residual=make_residual(residual, each.weight.shape, buffers[place]) if residual else None,
-                offset=offset,
-            )
-        )
-        offset += d * d
-    return found
+def _elements(subspaces: Sequence[Subspace]) -> int:
+    """Of their cores together."""
+    return sum(each.d**2 for each in subspaces)
 
 
 def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
     """Neighbours whose cores make up `CHUNK_ELEMENTS` at most, or a single larger one."""
     group: list[Subspace] = []
     for each in subspaces:
-        if group and sum(member.d**2 for member in group) + each.d**2 > CHUNK_ELEMENTS:
+        if group and _elements([*group, each]) > CHUNK_ELEMENTS:
             yield group
             group = []
         group.append(each)
     yield group
-
-
-class IdleMatrixWarning(UserWarning):
-    """A matrix in a subspace took no part in a step."""
-
-
-def warn_of_idle(matrices: Iterable[CoreMatrix]) -> None:
-    """Name those of which the step that has ended collected no gradient."""
-    idle = [each.subspace.name for each in matrices if not each.is_collected]
-    if idle:
-        names = f"{idle[0]} and {len(idle) - 1} more" if len(idle) > 1 else idle[0]
-        warnings.warn(
-            f"no gradient was collected of {names}: lsp does not train a weight that the model uses without "
-            "calling its layer (an expert without tokens waits for some); use native where it matters",
-            IdleMatrixWarning,
-            stacklevel=3,
-        )
 
 
 def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from safetensors.torch import load, save
 
-from engines.subspace.cores import CoreMatrix, CoreState
+from engines.subspace.core_matrix import CoreMatrix
+from engines.subspace.cores import CoreState
 from engines.world import World
 
 

@@ -35,9 +35,10 @@ from engines.settings.checks import Refused
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Dtype, Workload
-from engines.subspace import cores
+from engines.subspace import core_matrix, cores
 from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
-from engines.subspace.cores import CoreState, IdleMatrixWarning
+from engines.subspace.core_matrix import IdleMatrixWarning
+from engines.subspace.cores import CoreState
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.subspace.residual import make_residual
 from engines.transfer.link import Event, Link
@@ -114,7 +115,7 @@ def copied(projector: Projector) -> Projector:
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Tiny matrices cost less with their gradient formed; large ones the other way."""
     formed: bool = request.param
-    monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
+    monkeypatch.setattr(core_matrix, "forms_gradient", lambda *_: formed)
     return formed
 
 
@@ -269,7 +270,7 @@ class TestTwin:
         self, family: str, formed: bool, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Two checks, two micro-batches, more blocks than have room on the GPU."""
-        monkeypatch.setattr(cores, "forms_gradient", lambda *_: formed)
+        monkeypatch.setattr(core_matrix, "forms_gradient", lambda *_: formed)
         batches, ctx = tiny_batches(20, family), context("bf16", accumulation=2)
         streamed = {"weights": "streamed", **changes}
         blueprint = lambda: tiny_blueprint(family, family == "opt", num_blocks=5)  # noqa: E731
@@ -416,7 +417,7 @@ class TestTwin:
     def test_factors_projected_equal_the_gradient_compressed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         outcomes = []
         for formed in (True, False):
-            monkeypatch.setattr(cores, "forms_gradient", lambda *_, formed=formed: formed)
+            monkeypatch.setattr(core_matrix, "forms_gradient", lambda *_, formed=formed: formed)
             # eps: where a gradient is rounding error, Adam makes it a sign.
             with running("gpt2", adam_eps=1e-3) as engine:
                 outcomes.append(train(engine, tiny_batches(5, "gpt2")))
@@ -622,7 +623,7 @@ class TestOneStep:
                 assert all(each.weight.grad is None for each in subspaces(engine))
 
     def test_what_is_kept_for_backward_is_projected(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cores, "forms_gradient", lambda *_: False)
+        monkeypatch.setattr(core_matrix, "forms_gradient", lambda *_: False)
         kept: list[tuple[int, ...]] = []
 
         def note(tensor: Tensor) -> Tensor:

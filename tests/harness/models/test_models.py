@@ -22,7 +22,7 @@ from transformers import (
 from engines.errors import UserError
 from engines.files.checksums import SUMS
 from engines.model.blocks import find_blocks, materialize
-from engines.subspace.cores import IdleMatrixWarning
+from engines.subspace.core_matrix import IdleMatrixWarning
 from harness.data.batches import make_data
 from harness.models import export, weights
 from harness.models.auto_classes import auto_class
