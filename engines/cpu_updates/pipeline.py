@@ -201,7 +201,8 @@ class UpdatePipeline:
             self._changed.notify()
         for thread in self._threads:
             thread.join(WAIT_LIMIT_S)
-        sys.setswitchinterval(self._switch_interval_s)
+        # The longer one: of two pipelines the first that was made may be the first to end.
+        sys.setswitchinterval(max(self._switch_interval_s, sys.getswitchinterval()))
 
     def _run(self) -> None:
         try:
