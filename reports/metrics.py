@@ -222,13 +222,31 @@ def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
     )
 
 
+def padded_to(rounds: Rounds) -> tuple[int, float] | None:
+    """Tokens that every sequence was padded to, and what share of them that was, where `run` pads to the
+    longest of a batch; `None`: it would take the same steps."""
+    shares = [run.summary.padded_share or 0.0 for run in rounds.ok]
+    if not shares or max(shares) == 0:
+        return None
+    job = make_job(rounds.ok[0].job, "job")
+    alike = job.padding == "longest" or job.data.train in ("builtin", "random")
+    return None if alike else (job.seq_len, max(shares))
+
+
 def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
     """The whole job at the median step, and what one step in so many takes beside. What the same examples are
-    worth is another question, which a zeroth-order step answers with less."""
+    worth is another question, which a zeroth-order step answers with less.
+
+    Where steps were padded and `run` pads less, it may take as little as the square of what is no padding: no
+    part of a step grows faster with the length of its sequences.
+    """
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
     found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
     expected, rare = predicted(rounds), over_runs(rounds.ok, lambda run: rare_job_s(run, all_.steps or 0))
+    if found.low is not None and (padded := padded_to(rounds)) is not None:
+        tokens, share = padded
+        found = replace(found, low=found.low * (1 - share) ** 2, undecided=say("note.padded", tokens=tokens))
     if expected is None or rare is None or found.value is None:
         return found
     return replace(

@@ -17,11 +17,11 @@ from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria, default_criteria
 from reports.findings import exactness
-from reports.format import loss, middle, span
+from reports.format import loss, middle, percent, span
 from reports.judging.quality import learned
 from reports.judging.ranking import best_quality
 from reports.messages import say
-from reports.metrics import Measurements, ends, is_emulated, largest, predicted
+from reports.metrics import Measurements, ends, is_emulated, largest, padded_to, predicted
 
 FEW_RUNS = 5
 """Below this many runs per method, ranges are shown and called indicative."""
@@ -37,6 +37,7 @@ def warnings(
         _about_offload(criteria),
         _about_failures(all_),
         _about_guessing(all_),
+        _about_padding(all_),
         _about_surroundings(runs),
         _if_any(runs, lambda run: _is_ok(run) and not _had_gpu(run), "no_gpu"),
         _about_native(runs, method),
@@ -160,6 +161,12 @@ def _about_guessing(all_: Measurements) -> str | None:
         return None
     items = "; ".join(say("warning.item", engine=each, value=one.told) for each, one in guessing.items())
     return say("warning.guessing", majority=next(iter(guessing.values())).majority, items=items)
+
+
+def _about_padding(all_: Measurements) -> str | None:
+    """Steps that took longer than those of the job will."""
+    found = next((padded for rounds in all_.rounds.values() if (padded := padded_to(rounds))), None)
+    return None if found is None else say("warning.padded", tokens=found[0], share=percent(found[1]))
 
 
 def _about_memory_saved(all_: Measurements) -> str | None:

@@ -17,7 +17,7 @@ from profiles.planning.plan import Plan
 from reports.criteria import Metric
 from reports.format import method_flags
 from reports.load import Loaded
-from reports.metrics import Measurements
+from reports.metrics import Measurements, padded_to
 
 OTHER_DTYPE: Dtype = "bf16"
 """That a method is planned in where it refuses the job's."""
@@ -81,7 +81,8 @@ def _plan(engine: str, loaded: Loaded) -> Plan | None:
     return plan
 
 
-_OF_TIME: tuple[Metric, ...] = ("step_s", "tokens_per_s", "job_hours", "job_cost")
+_OF_JOB: tuple[Metric, ...] = ("job_hours", "job_cost")
+_OF_TIME: tuple[Metric, ...] = ("step_s", "tokens_per_s", *_OF_JOB)
 
 
 def to_try(engine: str, untried: Untried) -> str:
@@ -96,6 +97,8 @@ _NEED_YARDSTICK: tuple[Metric, ...] = ("step_time_ratio", "heldout_ratio")
 _NEED_EVALUATION: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
 ENOUGH_ROUNDS = 5
 EVAL_BATCHES = 16
+MORE_EXAMPLES = 4
+"""Times as many as were evaluated, which makes an interval over them half as wide."""
 
 
 def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untried: Untried) -> str:
@@ -110,6 +113,8 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
             return f"{missing.install} && {_more([engine], rounds=3)}"
         if metric in _OF_TIME and any(run.emulation is not None for run in rounds.ok):
             return _again("measured")
+        if metric in _OF_JOB and padded_to(rounds) is not None:
+            return _again("longest", f"--padding longest {method_flags(all_.engines)}")
         if metric in _NEED_YARDSTICK and not all_.of(YARDSTICK).ok:
             if YARDSTICK in untried.refusing:  # side by side in one that both take
                 both = method_flags([YARDSTICK, *all_.engines])
@@ -118,7 +123,8 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
         if metric in _NEED_EVALUATION and any(run.model.random_weights for run in rounds.ok):
             continue  # it takes the real weights, and where those are nobody here knows
         if metric in _NEED_EVALUATION and rounds.ok:
-            return _again("evaluated", f"--eval-batches {EVAL_BATCHES} {method_flags(all_.engines)}")
+            batches = max(EVAL_BATCHES, MORE_EXAMPLES * int(rounds.ok[0].job.get("eval_batches", 0)))
+            return _again("evaluated", f"--eval-batches {batches} {method_flags(all_.engines)}")
         if rounds.ok:
             return _more(list(all_.engines), rounds=max(ENOUGH_ROUNDS, len(rounds.runs) + 2))
     return ""

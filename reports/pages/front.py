@@ -22,7 +22,7 @@ from reports.judging.quality import learned, learned_text, majority_text, why_un
 from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
 from reports.messages import say
-from reports.metrics import Measurements, find, is_emulated
+from reports.metrics import Measurements, find, is_emulated, padded_to
 from reports.pages.document import AskedRow, FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
@@ -229,6 +229,8 @@ def _effect(engine: str, all_: Measurements) -> tuple[NamedText, ...]:
     time_text = stated.time_text(time)
     if all_.steps is not None:
         time_text = say("front.job_in", time=time_text, steps=counted("step", round(all_.steps)))
+        if (padded := padded_to(rounds)) is not None:
+            time_text = say("front.padded", text=time_text, tokens=padded[0])
     else:
         time_text = say("front.step_in", time=time_text)
     ratio = find("step_time_ratio", engine, all_)

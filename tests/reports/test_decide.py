@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +29,7 @@ from reports.judging.quality import learned, learned_text
 from reports.judging.ranking import Standing, beaten_by, beats, is_faster, quality
 from reports.judging.untried import Untried, to_try
 from reports.metrics import find, group
+from reports.question import JobSize
 from reports.tables import rare_notes
 from run_records import (
     emulated_run,
@@ -669,3 +670,29 @@ def test_accuracy_is_told_with_its_examples_and_what_guessing_has() -> None:
     )
     many = [replace(run, summary=replace(run.summary, eval_examples=872)) for run in runs]
     assert not any("most frequent class" in each for each in decide(many, default_criteria()).warnings)
+
+
+def test_a_deadline_is_not_missed_by_steps_that_were_padded() -> None:
+    """1,000 steps of 1 s, of which 40 % of the tokens are no padding: 2.7 to 16.7 minutes as `run` pads."""
+    rows = make_test_job(model={"name": "opt-1.3b"}, data={"train": "rows.tsv"}, seq_len=64)
+    size = JobSize(steps=1000)
+
+    def judged(minutes: float, **changes: Any) -> Verdict:
+        runs = [
+            make_run("native", round=i, job=replace(rows, **changes), step_s=(1.0,) * 4, padded_share=0.6)
+            for i in (1, 2, 3)
+        ]
+        asked = criteria(criterion("job_hours", minutes / 60, engine=ANY_METHOD))
+        return decide(runs, replace(asked, size=size))
+
+    assert judged(17).rows[0].outcome == "pass"
+    late = judged(10)
+    assert (late.state, late.rows[0].outcome) == ("INCONCLUSIVE", "unknown")
+    assert late.rows[0].note is not None
+    assert late.rows[0].note.startswith("steps were padded to 64 tokens")
+    assert "--padding longest" in late.next_command
+    assert any("Every sequence was padded to 64 tokens, which is 60 %" in each for each in late.warnings)
+    assert judged(2).rows[0].outcome == "fail"  # less than 0.4 squared of it
+    as_run = judged(10, padding="longest")
+    assert as_run.state == "NO-GO"
+    assert not any("padded" in each for each in as_run.warnings)
