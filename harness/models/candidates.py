@@ -48,6 +48,11 @@ class Candidates:
         """The token of each class, where every word is one token."""
         return tuple(token for (token,) in self.words)
 
+    def labels(self, head: Head) -> tuple[int, ...]:
+        """What the classes are in an evaluation, in their order: their tokens, where a decoder says each by
+        one, else their numbers."""
+        return self.tokens if head == "causal_lm" and self.of_one_token else tuple(range(self.count))
+
 
 def candidates_of(template: str, words: Sequence[str], tokenizer: Tokenizer, head: Head) -> Candidates:
     """What stands for each class in `template`: after a blank, unless white space or a word stands before it.

@@ -109,8 +109,7 @@ def learning_of(
     classes: tuple[int, ...] = ()
     if job.data.template:
         words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
-        by_token = shape.head == "causal_lm" and words.of_one_token
-        classes = words.tokens if by_token else tuple(range(words.count))
+        classes = words.labels(shape.head)
     kinds = tokenized.train.classes
     return Learning(
         length=length,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +99,24 @@ def train(
             check_sums(folder, f"delete {MODEL}/ there to have it written again")
             progress.print(f"the run is finished, and its model written; {job.steps} steps were asked for")
             return folder
-        _train(job, engine_name, shape, typed, out, save_every, resume, progress, trace, board)
+        _train(
+            job, shape, engine_name, typed, out, progress, save_every=save_every, resume=resume, trace=trace,
+            board=board,
+        )  # fmt: skip
     _note_if_flat(job, engine_name, out, progress)
     return folder
 
 
 def _train(
     job: Job,
-    engine_name: str,
     shape: ModelShape,
+    engine_name: str,
     typed: Any,
     out: Path,
+    progress: Progress,
+    *,
     save_every: int,
     resume: bool,
-    progress: Progress,
     trace: bool,
     board: bool,
 ) -> None:
@@ -120,23 +125,12 @@ def _train(
         check_free_space(out, shape, job, engine_name, typed, save_every)
         _warn_of_no_compression(typed, shape, progress)
         data = data_told(job, shape, progress)
-        candidates: Sequence[int] = ()
-        is_bytes = False
-        if job.data.train != "random":
-            tokenizer = load_tokenizer(job.model, shape.vocabulary)
-            is_bytes = tokenizer.name == "bytes"
-            if job.data.template:
-                words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
-                by_token = shape.head == "causal_lm" and words.of_one_token
-                candidates = words.tokens if by_token else range(words.count)
-        kept = out / TRACE if trace else None
+        judge = _judge_of(job, shape, data)
+        kept, sample = out / TRACE if trace else None, data.step_batches(0)[0]
         with (
             leading(job, engine_name, typed, out) as world,
             user_errors(engine_name, job, out),
-            set_up(job, shape, engine_name, typed, progress, kept, data.step_batches(0)[0], world) as (
-                own_engine,
-                blueprint,
-            ),
+            set_up(job, shape, engine_name, typed, progress, kept, sample, world) as (own_engine, blueprint),
         ):
             # Steps of a zeroth-order method are updates, which the others replay.
             is_led = world.size > 1 and entry(engine_name).order == "first"
@@ -144,22 +138,16 @@ def _train(
             num_tensors = len(blueprint.parameter_shapes)
             # Again: blocks on disk have their room now, maybe of the same disk.
             check_free_space(out, shape, job, engine_name, typed, save_every)
-
-            def judge(evaluation: Evaluation) -> dict[str, float]:
-                return metrics_of(
-                    evaluation, shape.head, candidates=candidates, is_regression=data.is_regression,
-                    is_bytes=is_bytes,
-                )  # fmt: skip
-
-            def export(folder: Path) -> None:
-                export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
-
             check_same_weights(world, own_engine, num_tensors, progress)
             if resume:
                 done, updates = restore.resume(engine, num_tensors, job, typed, out, progress)
             else:
                 done, updates = 0, restore.start(engine, num_tensors, job, typed, out, 0, progress)
             share_state(world, out, done, is_loaded=is_led)
+
+            def export(folder: Path) -> None:
+                export_model(blueprint, engine.weights(), TORCH_DTYPE[job.dtype], folder)
+
             with closing(updates) if updates is not None else nullcontext():
                 course = Course(
                     job=job, data=data, out=out, save_every=save_every, updates=updates, progress=progress,
@@ -178,6 +166,21 @@ def _train(
                     restore.write_checkpoint(engine, out, course.done)
                 raise
             progress.print(summary.one_line())
+
+
+def _judge_of(job: Job, shape: ModelShape, data: Data) -> Callable[[Evaluation], dict[str, float]]:
+    """What gives the metrics of an evaluation: what they are follows from the model's head and the data."""
+    classes: Sequence[int] = ()
+    is_bytes = False
+    if job.data.train != "random":
+        tokenizer = load_tokenizer(job.model, shape.vocabulary)
+        is_bytes = tokenizer.name == "bytes"
+        if job.data.template:
+            words = candidates_of(job.data.template, job.data.labels, tokenizer, shape.head)
+            classes = words.labels(shape.head)
+    return partial(
+        metrics_of, head=shape.head, candidates=classes, is_regression=data.is_regression, is_bytes=is_bytes
+    )
 
 
 def data_told(job: Job, shape: ModelShape, progress: Progress) -> Data:
