@@ -101,8 +101,8 @@ def _traffic(
                 + widened,
                 products=layer.products - len(shape.matrices) * workload.accumulation,
                 # Products of an adapter are narrow, and take what they move.
-                graph_kernels=layer.graph_kernels
-                + (int(2 * passes) * len(adapted) * workload.accumulation if how.captured else 0),
+                kernels=layer.kernels
+                + int(2 * passes) * len(adapted) * workload.accumulation * (how.captured or how.compiled),
                 launches=layer.launches
                 + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
                 * workload.accumulation,

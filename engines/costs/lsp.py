@@ -66,7 +66,7 @@ FLOPS_PER_BYTE = 150.0
 """Floating-point operations in the time of one byte of GPU memory, to choose how a core is made: 160 on an
 H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
 
-LAUNCHES = 9
+LAUNCHES = 4
 """Per matrix and micro-batch, in launches of a model's own operations: two projections, the product, and
 Python around them. Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took
 0.212 and 0.216 s, of which the model's own operations are 0.15."""
@@ -76,15 +76,15 @@ STREAM_LAUNCHES = 16
 such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
 three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-GRAPH_LAUNCHES = 95
-"""Per block that runs as CUDA graphs, in operations without autograd and once a step: all that the
-interpreter's lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its
-chunks. By time: on a CPU a tiny block takes 97 to 108; with `REPLAY_LAUNCHES` blocks of RoBERTa, GPT-2,
-OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
+BLOCK_LAUNCHES = 95
+"""Per block whose weights stay, in operations without autograd and once a step: all that the interpreter's
+lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
+time: on a CPU a tiny block takes 97 to 108; with `REPLAY_LAUNCHES` blocks of RoBERTa, GPT-2, OPT-350M and
+SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
 
 REPLAY_LAUNCHES = 15
-"""The same of each micro-batch, both passes: copies in and out of the graphs' places, their launches. By time
-on a CPU: 10 to 17, with graphs that do nothing."""
+"""The same of each micro-batch where blocks run as CUDA graphs, both passes: copies in and out of the graphs'
+places, their launches. By time on a CPU: 10 to 17, with graphs that do nothing."""
 
 BF16_MOMENTS_SLOWDOWN = 1.3
 """Time of Adam on a core with bf16 moments over that of the bytes it moves: rounding is arithmetic. 1.27 with
@@ -267,16 +267,19 @@ def _layer(
     if not layer.name.startswith("block."):
         return layer
     core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
-    as_graphs = lsp_passes(shape, workload, settings).captured
     each = LAUNCHES * workload.accumulation + STREAM_LAUNCHES * settings.streams
-    launches = 0 if as_graphs else layer.launches + each * len(shape.matrices)
+    launches = layer.launches + each * len(shape.matrices)
+    python_launches = 0 if settings.streams or not settings.offload else BLOCK_LAUNCHES
+    if lsp_passes(shape, workload, settings).captured:
+        launches = 0
+        python_launches += REPLAY_LAUNCHES * workload.accumulation
     wire, down = element * core, element * matrices if settings.streams else 0
     up = work.uploads[int(layer.name.removeprefix("block."))] * down
     return layer._replace(
         gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
         gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
         launches=launches,
-        python_launches=GRAPH_LAUNCHES + REPLAY_LAUNCHES * workload.accumulation if as_graphs else 0,
+        python_launches=python_launches,
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,

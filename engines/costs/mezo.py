@@ -198,7 +198,7 @@ def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
         gpu_forward_flops=layer.gpu_forward_flops * passes / 2,
         gpu_bytes=layer.gpu_bytes * passes / 2,
         products=layer.products * passes // 2,
-        graph_kernels=layer.graph_kernels * passes // 2,
+        kernels=layer.kernels * passes // 2,
         launches=layer.launches * passes // 2,
     )
 

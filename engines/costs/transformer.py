@@ -244,7 +244,7 @@ def training_layers(
         off_grid_flops=3 * head if loss.is_off_grid(shape, workload) else 0.0,
         gpu_bytes=workload.accumulation * loss.moved_bytes(shape, workload, compiled=how.loss_compiled),
     )
-    last = _started(last, 3 * HEAD_LAUNCHES, 3, how, workload)
+    last = _started(last, 3 * HEAD_LAUNCHES, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
         (again if index < how.recomputed else kept)._replace(name=f"block.{index}")
@@ -264,11 +264,10 @@ def _training_block(
         again = max(0.0, forward - unneeded)
     runs = 2 if recomputed else 1
     fills_in = how.keeps_products and not recomputed  # what lies between products
-    captured = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_kernels(shape)
-    one_by_one = COMPILED_LAUNCHES if how.compiled else block_launches(shape)
-    launches = (2 + runs) * (captured if how.captured else one_by_one)
-    launches += num_biases(shape) * how.captured
-    launches += CHECKPOINT_LAUNCHES if (recomputed or fills_in) and not how.captured else 0
+    of_a_pass = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_kernels(shape)
+    kernels = (2 + runs) * of_a_pass + num_biases(shape)
+    launches = (2 + runs) * (COMPILED_LAUNCHES if how.compiled else block_launches(shape))
+    launches += CHECKPOINT_LAUNCHES * (recomputed or fills_in)
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
     layer = LayerTraffic(
         name="block",
@@ -277,18 +276,21 @@ def _training_block(
         attention_longer_flops=attention_longer_flops(shape, workload, runs, 1),
         gpu_bytes=(runs + fills_in + BACKWARD_ELEMENTWISE) * elementwise,
     )
-    return _started(layer, launches, (2 + runs) * len(shape.matrices), how, workload)
+    return _started(layer, launches, kernels, (2 + runs) * len(shape.matrices), how, workload)
 
 
 def _started(
-    layer: LayerTraffic, launches: int, products: int, how: BlockPasses, workload: Workload
+    layer: LayerTraffic, launches: int, kernels: int, products: int, how: BlockPasses, workload: Workload
 ) -> LayerTraffic:
-    """`layer` with the operations that each micro-batch starts, so many products among them."""
-    count = launches * workload.accumulation
-    layer = layer._replace(products=products * workload.accumulation)
-    if how.captured:
-        return layer._replace(graph_kernels=max(0, count - layer.products))
-    return layer._replace(launches=count)
+    """`layer` with what each micro-batch starts: operations one by one or as graphs, and so many kernels,
+    products among them. Those of eager blocks take no time of their own: what lies between them is in the
+    bytes that they move (`BACKWARD_ELEMENTWISE`)."""
+    has_own_time = how.captured or how.compiled
+    return layer._replace(
+        products=products * workload.accumulation,
+        launches=0 if how.captured else launches * workload.accumulation,
+        kernels=max(0, kernels - products) * workload.accumulation * has_own_time,
+    )
 
 
 def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
@@ -307,7 +309,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         attention_longer_flops=attention_longer_flops(shape, workload, 2, 0),
         gpu_bytes=2 * elementwise_bytes(shape, workload),
         products=products * workload.accumulation,
-        graph_kernels=kernels * workload.accumulation,
+        kernels=kernels * workload.accumulation,
         launches=launches * workload.accumulation,
     )
     of_vocabulary, of_tokens = loss.head_chunks(shape, workload)

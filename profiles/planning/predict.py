@@ -64,8 +64,9 @@ its last row of tiles leaves a part of it idle. Where the profile does not say i
 
 GRAPH_KERNEL_S, KERNEL_WORKS_S = 0.9e-6, 1.4e-6
 """Time from a kernel of a CUDA graph to the next where neither has work, if the profile does not say it, and
-what filling and draining the GPU adds. The second is estimated: captured steps of 12 to 36 blocks took 0.04
-to 0.09 ms a block longer without it (`tests/studies/prediction_grid_h200`)."""
+what filling and draining the GPU adds. Compiled kernels that the CPU has started ahead take no less. The
+second is estimated: captured steps of 12 to 36 blocks took 0.04 to 0.09 ms a block longer without it
+(`tests/studies/prediction_grid_h200`)."""
 
 TRITON_LAUNCH_S, OWN_LAUNCH_SHARE = 30e-6, 0.4
 """Time the CPU needs to start a Triton kernel by Triton's own Python, where the profile does not say it
@@ -383,7 +384,7 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         + layer.gpu_bytes * rates.per_gpu_byte_s
         + layer.gaussians * rates.per_gaussian_s
         + layer.products * rates.per_product_s
-        + layer.graph_kernels * rates.per_kernel_s
+        + layer.kernels * rates.per_kernel_s
     )
     return LayerTimes(
         gpu_s=work,

@@ -23,14 +23,14 @@ weights are read anew for each chunk, which no prediction counts."""
 
 def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     """`checkpointed_blocks`, where --checkpointing allows any; `loss_tokens`, where nothing fits without it
-    or a step is faster with it; `graphs`, where nothing fits with them; and no compiler where there is no
-    GPU."""
+    or a step is faster with it; `graphs`, where nothing fits with them or a step is faster without them; and
+    no compiler where there is no GPU."""
     found = _fewest(context, given)
     if context.machine.gpu is None or not hasattr(given.typed, "loss_tokens"):
         return found
     missing = context.why_missing(found.settings.typed)
     if missing is None:
-        return _faster_in_chunks(context, given, found)
+        return _faster_without_graphs(context, given, _faster_in_chunks(context, given, found))
     return _in_chunks(context, given, missing) or _without_graphs(context, given, missing) or found
 
 
@@ -79,6 +79,25 @@ def _faster_in_chunks(context: PlanningContext, given: GivenSettings, whole: Cho
         f"{format_seconds(before)}"
     )
     return Choice(chunks.settings, (reason, *chunks.reasons[1:]))
+
+
+def _faster_without_graphs(context: PlanningContext, given: GivenSettings, captured: Choice) -> Choice:
+    """`captured`, or no CUDA graphs, if the room that they leave to activations makes a step faster."""
+    settings: Any = captured.settings.typed
+    if "graphs" in given or not getattr(settings, "graphs", False) or "checkpointed_blocks" in given:
+        return captured
+    if not settings.recomputed(context.shape.num_blocks, checkpointing=context.workload.checkpointing):
+        return captured
+    plain = given.completed(graphs=False)
+    found = _faster_in_chunks(context, plain, _fewest(context, plain))
+    before, after = (context.step_s(each.settings.typed) for each in (captured, found))
+    if before is None or after is None or AS_FAST * after > before:
+        return captured
+    reason = (
+        f"graphs=false: without CUDA graphs there is more room for activations, {format_seconds(after)} a "
+        f"step, else {format_seconds(before)}"
+    )
+    return Choice(found.settings, (reason, *found.reasons))
 
 
 def _without_graphs(context: PlanningContext, given: GivenSettings, missing: str) -> Choice | None:

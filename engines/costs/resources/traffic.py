@@ -56,8 +56,8 @@ class LayerTraffic(NamedTuple):
     """Such Python where the CPU waits for the GPU after each, which then waits for the CPU."""
     products: int = 0
     """Matrix products, one after the other on the GPU."""
-    graph_kernels: int = 0
-    """Kernels that CUDA graphs start, products apart."""
+    kernels: int = 0
+    """Kernels of CUDA graphs and of compiled blocks, products apart."""
     triton_launches: int = 0
     """Triton kernels that engines start from the CPU."""
     gaussians: int = 0

@@ -479,8 +479,8 @@ def test_what_the_probe_measured_of_starting_work_counts() -> None:
 
 
 def test_products_and_kernels_of_graphs_take_the_gpu_time_beside_their_work() -> None:
-    many = LayerTraffic(name="block.0", gpu_forward_flops=1e12, products=100, graph_kernels=1000)
-    few = many._replace(products=0, graph_kernels=0)
+    many = LayerTraffic(name="block.0", gpu_forward_flops=1e12, products=100, kernels=1000)
+    few = many._replace(products=0, kernels=0)
     assert H200.gpu is not None
 
     def step_s(layer: LayerTraffic, machine: Machine) -> float:

@@ -251,6 +251,36 @@ def plan_for(workload: Workload, shape: ModelShape, values: dict[str, object]) -
     return found
 
 
+@pytest.mark.parametrize(
+    ("model", "engine", "profile", "dtype", "is_captured"),
+    [
+        ("qwen2.5-0.5b", "native", "rtx-3060-12gb", "fp32", False),
+        ("roberta-base", "native", "rtx-3060-12gb", "fp32", True),
+        ("deepseek-coder-1.3b", "galore", "rtx-4060-ti-16gb", "fp32", False),
+        ("deepseek-coder-1.3b", "native", "h200", "bf16", True),
+    ],
+)
+def test_graphs_are_kept_unless_a_step_is_predicted_faster_without_them(
+    model: str, engine: str, profile: str, dtype: str, is_captured: bool
+) -> None:
+    """Which is for the memory that they take, and never for what they do."""
+    workload = Workload(batch_size=1, seq_len=128, accumulation=4, dtype=dtype)  # type: ignore[arg-type]
+    machine, shape = find_profile(Path(profile)), named_shape(model)
+
+    def planned(values: dict[str, object]) -> Plan:
+        (found,) = recommend(machine, shape, workload, [engine], given_for_each({engine: values}))
+        assert found.fits
+        return found
+
+    chosen, captured, plain = planned({}), planned({"graphs": True}), planned({"graphs": False})
+    assert chosen.settings.get("graphs", True) is is_captured
+    if not is_captured:
+        assert any("else " in each for each in chosen.reasons if each.startswith("graphs=false: without"))
+    times = [each.prediction.step_s for each in (captured, plain)]
+    assert chosen.prediction.step_s is not None
+    assert chosen.prediction.step_s <= AS_FAST * min(each for each in times if each is not None)
+
+
 def test_a_plan_of_lsp_tells_what_the_loss_pays() -> None:
     (chosen,) = recommend(H200, DEEPSEEK_1B, TRAINING, ["lsp"], given_for_each({"lsp": {"d": 1280}}))
     told = [reason for reason in chosen.reasons if reason.startswith("quality")]
