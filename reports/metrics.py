@@ -198,11 +198,21 @@ def _runs_ok(rounds: Rounds, all_: Measurements) -> MetricFinding:
     )
 
 
+def _with_steps_of_one(found: MetricFinding, rounds: Rounds, *, is_rate: bool = False) -> MetricFinding:
+    """A single run says nothing of the next: the range of its steps stands in, as beside native."""
+    low, high = rounds.step_s_low, rounds.step_s_high
+    if found.value is None or rounds.step_s is None or not low or not high or found.runs > 1:
+        return found
+    if is_rate:
+        low, high = (found.value * rounds.step_s.median / end for end in (high, low))
+    return replace(found, low=low, high=high, over_steps=True, undecided=say("note.one_run"))
+
+
 def _step_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     step_s = _expected(rounds, lambda one: one.step_s)
     if is_emulated(rounds):
         return MetricFinding(predicted=step_s, note=say("note.emulated_time"))
-    return _from_spread(rounds.step_s, step_s)
+    return _with_steps_of_one(_from_spread(rounds.step_s, step_s), rounds)
 
 
 def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -210,7 +220,7 @@ def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     rate = rounds.runs[0].tokens_per_step / step_s if step_s else None
     if is_emulated(rounds):
         return MetricFinding(predicted=rate, note=say("note.emulated_time"))
-    return _from_spread(rounds.tokens_per_s, rate)
+    return _with_steps_of_one(_from_spread(rounds.tokens_per_s, rate), rounds, is_rate=True)
 
 
 def _scaled(found: MetricFinding, factor: float) -> MetricFinding:

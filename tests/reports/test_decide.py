@@ -696,3 +696,18 @@ def test_a_deadline_is_not_missed_by_steps_that_were_padded() -> None:
     as_run = judged(10, padding="longest")
     assert as_run.state == "NO-GO"
     assert not any("padded" in each for each in as_run.warnings)
+
+
+@pytest.mark.parametrize(("metric", "threshold"), [("step_s", 1.05), ("tokens_per_s", 1000.0)])
+def test_one_process_is_judged_by_the_range_of_its_steps(metric: Metric, threshold: float) -> None:
+    """Its median, 1.0 s or 1,024 tokens a second, meets the threshold; steps of 0.9 to 1.1 s do not all."""
+    comparison: Comparator = "at most" if metric == "step_s" else "at least"
+    asked = criteria(criterion(metric, threshold, comparison=comparison))
+    alone = decide([make_run()], asked).rows[0]
+    assert (alone.outcome, alone.over_steps, alone.runs) == ("unknown", True, 1)
+    assert alone.note is not None
+    assert alone.note.startswith("of one process, undecided")
+    assert alone.measured_low is not None
+    assert alone.measured_high is not None
+    assert alone.measured_high / alone.measured_low == pytest.approx(1.1 / 0.9)
+    assert decide([make_run(round=i) for i in (1, 2, 3)], asked).rows[0].outcome == "pass"
