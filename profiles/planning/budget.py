@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.costs.resources.disk import fewest_on_disk
-from engines.costs.resources.traffic import Traffic
+from engines.costs.resources.traffic import FREE_SHARE, Traffic
 from engines.costs.transformer import PROCESS_HOST_BYTES_WITHOUT_GPU
 from profiles.machine import Figure, Gpu, Machine
 from profiles.units import format_bytes
@@ -31,9 +31,6 @@ ALLOCATOR_BYTES = 80_000_000
 """What torch reserves over tensors, over what lies apart (`Traffic.gpu_apart_bytes`) and over workspaces: a
 share, and places that are cut in pieces, whatever the model's size."""
 
-FREE_SHARE = 0.10
-"""Of the GPU, what plans leave free of their own accord: what is free now may be taken later."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
@@ -58,10 +55,15 @@ class Budget:
     @property
     def fillable_gpu_bytes(self) -> int | None:
         """Up to which a plan fills the GPU with what it could do without, such as blocks that stay there: all
-        of a limit that the user named, else with `FREE_SHARE` to spare. `None`: there is no GPU."""
+        of a limit that the user named, else with `FREE_SHARE` to spare, since what is free now may be taken
+        later. `None`: there is no GPU."""
+        return self.filled_but(FREE_SHARE)
+
+    def filled_but(self, spare: float) -> int | None:
+        """Likewise with that share to spare."""
         if self.gpu_bytes is None or self.gpu_named:
             return self.gpu_bytes
-        return int((1 - FREE_SHARE) * self.gpu_bytes)
+        return int((1 - spare) * self.gpu_bytes)
 
 
 def budget_of(machine: Machine, vram: int | None, host: int | None, pinned: int | None) -> Budget:

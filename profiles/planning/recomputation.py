@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.settings.given import GivenSettings
 from engines.shapes import OWN_LOGITS_FAMILIES
-from profiles.planning.budget import FREE_SHARE, why_missing
+from profiles.planning.budget import why_missing
 from profiles.planning.context import AS_FAST, Choice, PlanningContext
 from profiles.units import format_seconds
 
@@ -52,7 +52,7 @@ def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:
         reason = "all activations fit, so that nothing is computed twice"
     else:
         less: Any = given.completed(checkpointed_blocks=fewest - 1).typed
-        spare = f"leave less than {FREE_SHARE:.0%} of the GPU free"
+        spare = f"leave less than {context.cost(less).gpu_spare:.0%} of the GPU free"
         why = "do not fit" if context.why_missing(less) else spare
         which = "every block runs" if fewest == count else f"the first {fewest} of {count} run"
         reason = f"{which} again in the backward pass; fewer {why}"
@@ -141,7 +141,7 @@ def _has_chunks(context: PlanningContext) -> bool:
 def _fits(context: PlanningContext, given: GivenSettings, recomputed: int) -> bool:
     """With room to spare where the user has named no limit, unless there is nothing left to recompute."""
     settings: Any = given.completed(checkpointed_blocks=recomputed).typed
-    budget = context.budget
+    budget, cost = context.budget, context.cost(settings)
     if recomputed < context.shape.num_blocks:
-        budget = replace(budget, gpu_bytes=budget.fillable_gpu_bytes)
-    return why_missing(context.cost(settings), budget) is None
+        budget = replace(budget, gpu_bytes=budget.filled_but(cost.gpu_spare))
+    return why_missing(cost, budget) is None

@@ -119,6 +119,21 @@ def test_little_that_ran_would_be_refused() -> None:
     assert len(refused) <= UNFIT_BUT_RAN, refused
 
 
+def test_native_called_fitting_at_new_limits_ran() -> None:
+    """By which its plans leave 3 % of a GPU free and not a tenth (`engines.costs.native.SPARE`)."""
+    latest = [folder for folder in FOLDERS if folder.name.endswith("_morning")]
+    ends = [
+        record.end_state
+        for folder in latest
+        for path in sorted((folder / "runs").glob("*.json"))
+        if (record := load_run(path)).engine == "native"
+        and record.job["limits"]["vram_bytes"]
+        and record.plan.fits
+    ]
+    assert len(ends) == 15
+    assert set(ends) == {"ok"}
+
+
 def test_a_library_that_starts_cuda_is_left_to_the_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

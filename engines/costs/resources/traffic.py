@@ -102,6 +102,11 @@ class GpuMemory(TypedDict):
     workspaces: int
 
 
+FREE_SHARE = 0.10
+"""Of the GPU, what plans leave free of their own accord where nothing says how far a method's memory is from
+its prediction."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
     """What a method asks of the machine: per step by layer, and in memory by kind (bytes). Without slots, so
@@ -126,6 +131,9 @@ class Traffic:
     graphs. A run that has less memory does without them."""
     gpu_margin: float = 0.06
     """Share by which what is needed may be more than is predicted; a plan that fits has it left."""
+    gpu_spare: float = FREE_SHARE
+    """Share of the GPU that plans leave free of their own accord, beyond what is needed: by as much more than
+    its prediction jobs of the method that nobody had looked at have needed."""
     gpu_without_triton_bytes: int = 0
     """By how much the peak is larger where there is no Triton."""
     divided_weights: DividedWeights | None = None
@@ -187,7 +195,9 @@ class Traffic:
             for kind, size in self.gpu_memory_bytes.items()
         }
         memory["whole for a time"] = weights.whole_bytes
-        return replace(self, layers=tuple(layers), gpu_memory_bytes=memory, overlap="gathered")
+        return replace(
+            self, layers=tuple(layers), gpu_memory_bytes=memory, gpu_spare=FREE_SHARE, overlap="gathered"
+        )
 
     def _layer_of_a_rank(self, layer: LayerTraffic, local_ranks: int) -> LayerTraffic:
         if self.divided == "updates":

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from known_shapes import OPT_13B, measured
 
 from engines import default_engines
+from engines.costs.resources.traffic import FREE_SHARE
 from engines.settings.parse import defaults
 from engines.shapes import Workload
 from harness.models.configs import named_shape
 from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine
-from profiles.planning.budget import FREE_SHARE, budget_of, gpu_bytes_needed
+from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.context import AS_FAST, PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import dtypes_for

@@ -254,7 +254,7 @@ def plan_for(workload: Workload, shape: ModelShape, values: dict[str, object]) -
 @pytest.mark.parametrize(
     ("model", "engine", "profile", "dtype", "is_captured"),
     [
-        ("qwen2.5-0.5b", "native", "rtx-3060-12gb", "fp32", False),
+        ("qwen2.5-0.5b", "native", "rtx-3060-12gb", "fp32", True),
         ("roberta-base", "native", "rtx-3060-12gb", "fp32", True),
         ("deepseek-coder-1.3b", "galore", "rtx-4060-ti-16gb", "fp32", False),
         ("deepseek-coder-1.3b", "native", "h200", "bf16", True),
@@ -855,11 +855,14 @@ def test_more_pinned_memory_sends_no_block_to_disk() -> None:
 
 
 def test_what_stays_free_of_an_unnamed_card_is_not_called_too_small() -> None:
-    """A tenth of it does; of a limit that the user named nothing."""
-    card, workload = with_vram(H200, 15 * 2**30), replace(TRAINING, batch_size=2, seq_len=1024)
-    said = {
-        name: " ".join(plan("native", machine=card, shape=DEEPSEEK_1B, workload=workload, **limit).reasons)
-        for name, limit in (("unnamed", {}), ("named", {"vram_bytes": 15 * 2**30}))
-    }
-    assert "fewer leave less than 10% of the GPU free" in said["unnamed"]
-    assert "of the GPU free" not in said["named"]
+    """A tenth of it does, or what `native`'s forecast may miss by; of a limit that the user named nothing."""
+    workload = replace(TRAINING, batch_size=2, seq_len=1024)
+    for engine, gib, share in (("native", 14, "3%"), ("galore", 9, "10%")):
+        card = with_vram(H200, gib * 2**30)
+        limits: dict[str, dict[str, int]] = {"unnamed": {}, "named": {"vram_bytes": gib * 2**30}}
+        said = {
+            name: " ".join(plan(engine, machine=card, shape=DEEPSEEK_1B, workload=workload, **limit).reasons)
+            for name, limit in limits.items()
+        }
+        assert f"fewer leave less than {share} of the GPU free" in said["unnamed"]
+        assert "of the GPU free" not in said["named"]
