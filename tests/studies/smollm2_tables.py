@@ -67,7 +67,10 @@ TASKS = {
 SECONDS = {
     "H200": ("smollm2-135m-sst2-seconds_h200_20261129", "smollm2-135m-sst2-seconds_h200_20261130"),
     "24 GB, emulated": ("smollm2-135m-sst2-seconds-24gb_h200_20261130",),
-    "4 GB, emulated": ("smollm2-135m-sst2-seconds-4gb_h200_20261129",),
+    "4 GB, emulated": (
+        "smollm2-135m-sst2-seconds-4gb_h200_20261129",
+        "smollm2-135m-sst2-seconds-4gb_h200_20261130",
+    ),
 }
 """Folders with runs of SST-2's job on a GPU of their own, by machine."""
 TIMED = ("native", "lora", "exact-offload", "lsp, d = n/2")
