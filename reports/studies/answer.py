@@ -231,6 +231,9 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
     ]
     if unlike:
         yield say("study.warn_undecided", engines=say("show.list").join(unlike))
+    cores = sorted({each.environment.cores_usable for each in study.trials})
+    if len(cores) > 1:
+        yield say("study.warn_cores", cores=", ".join(str(each) for each in cores))
     yield from _surroundings(study)
     dirty = {each.environment.dirty for each in study.trials}
     if dirty != {False}:

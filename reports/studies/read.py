@@ -128,7 +128,7 @@ def _load_trials(folder: Path, plan: StudyPlan, broken: list[Broken]) -> tuple[T
         found.values(),
         key=lambda one: (engine_order(one.engine), one.variant, one.rung, one.learning_rate, one.seed),
     )
-    _refuse_unlike(trials)
+    _refuse_unlike(trials, plan)
     return tuple(trials)
 
 
@@ -151,10 +151,13 @@ def _impossible(record: TrialRecord, plan: StudyPlan) -> str | None:
     return None
 
 
-def _refuse_unlike(trials: list[TrialRecord]) -> None:
+def _refuse_unlike(trials: list[TrialRecord], plan: StudyPlan) -> None:
     first = trials[0]
+    names = ["gpu_name", "gpu_driver", "torch", "cpu", "emulated"]
+    # A budget of tokens gives each trial as many steps with any number of cores, and they learn the same.
+    names += ["cores_usable"] if plan.budget.seconds is not None else []
     for other in trials[1:]:
-        for name in ("gpu_name", "gpu_driver", "torch", "cpu", "cores_usable", "emulated"):
+        for name in names:
             mine, its = getattr(first.environment, name), getattr(other.environment, name)
             # What a trial that never started could not read is not held against it.
             if mine != its and None not in (mine, its):

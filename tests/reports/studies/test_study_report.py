@@ -289,6 +289,25 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert "<script" not in (folder / "report.md").read_text()
 
 
+def test_a_study_of_so_many_tokens_may_go_on_with_other_cores(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from run_records import make_environment
+
+    for budget, is_refused in (("1500ktokens", False), ("2h", True)):
+        folder = two_methods(tmp_path / budget, budget=budget)
+        other = trial(study_plan(ENGINES[:2], budget=budget), "native", 2, rising(5.0))
+        cores = other.environment.cores_usable
+        write_trial(folder, replace(other, environment=make_environment(cores_usable=cores + 1)))
+        if is_refused:
+            with pytest.raises(UserError, match="unlike: cores_usable"):
+                write_report(folder)
+            continue
+        write_report(folder)
+        told = f"different numbers of CPU cores ({cores}, {cores + 1})"
+        assert told in (folder / "report.md").read_text(encoding="utf-8").replace("\\", "")
+
+
 def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = two_methods(tmp_path / "study")
     with pytest.raises(UserError, match="is a study"):
