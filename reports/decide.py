@@ -37,7 +37,16 @@ from reports.findings.governance import GovernanceLine
 from reports.format import metric_value, span
 from reports.judging.quality import learned
 from reports.judging.ranking import Standing, State, beaten_by, ordered, trains_less
-from reports.judging.stated import gpu_peak, host_peak, job_s, memory_text, ratio_text, step_s, time_text
+from reports.judging.stated import (
+    gpu_kind,
+    gpu_peak,
+    host_peak,
+    job_s,
+    memory_text,
+    ratio_text,
+    step_s,
+    time_text,
+)
 from reports.judging.untried import Untried, what_to_run
 from reports.messages import say
 from reports.metrics import Measurements, find, group
@@ -332,7 +341,7 @@ def _answer(engine: str, all_: Measurements) -> str:
     if time.value is None:
         return ""
     memory = gpu_peak(engine, all_)
-    kind = "gpu_memory" if memory.value is not None else "host_memory"
+    kind = gpu_kind(engine, all_) if memory.value is not None else "host"
     taken = memory if memory.value is not None else host_peak(engine, all_)
     if all_.steps is None:
         takes = say("verdict.per_step", time=time_text(time))
@@ -342,7 +351,7 @@ def _answer(engine: str, all_: Measurements) -> str:
         "verdict.answer",
         takes=takes,
         quality=_quality(engine, all_),
-        memory=say(f"verdict.{kind}", memory=memory_text(taken)),
+        memory=say(f"verdict.{kind}_memory", memory=memory_text(taken)),
         beside=_beside_native(engine, all_),
     )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from engines.errors import UserError
+from engines.settings.given import Value
 from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
 from harness.records.run import Environment, Run
@@ -53,7 +55,7 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
                 "setting.workload", batch_size=job.batch_size, seq_len=job.seq_len, accumulation=accumulation,
                 dtype=job.dtype, steps=job.steps, warmup_steps=job.warmup_steps,
                 data=data_name(job.data.train),
-                checkpointing=say(f"setting.checkpointing_{'on' if job.checkpointing else 'off'}"),
+                checkpointing=_recomputed(loaded),
             ),
         ),
         (
@@ -67,6 +69,34 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
         (say("setting.date_label"), period([run.time for run in loaded.runs])),
         (say("setting.validity_label"), say("setting.validity")),
     )  # fmt: skip
+
+
+def _recomputed(loaded: Loaded) -> str:
+    """Whether blocks may be run again in the backward pass, and how many of them each method ran again."""
+    if not loaded.job.checkpointing:
+        return say("setting.checkpointing_off")
+    done = {run.engine: count for run in loaded.runs if (count := _checkpointed_blocks(run)) is not None}
+    told = [say("setting.recomputed", engine=each, blocks=_blocks(count)) for each, count in done.items()]
+    methods = say("setting.recomputed_by", methods=say("show.list").join(told)) if told else ""
+    return say("setting.checkpointing_on", methods=methods)
+
+
+def _checkpointed_blocks(run: Run) -> Value | None:
+    """`None`: it did not end well, or its method has no such setting."""
+    settings = run.plan.settings
+    if run.end_state != "ok":
+        return None
+    try:
+        found: Value | None = getattr(settings.typed, "checkpointed_blocks", None)
+    except UserError:  # of a version with other settings
+        return settings.get("checkpointed_blocks")
+    return found
+
+
+def _blocks(count: Value) -> str:
+    if count in ("all", 0):
+        return say("setting.blocks_all" if count else "setting.blocks_none")
+    return say("setting.blocks", count=count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

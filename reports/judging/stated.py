@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from harness.records.memory_limits import gpu_taken_bytes
+from harness.records.memory_limits import gpu_taken_bytes, reserves_known
 from harness.records.run import Run
 from harness.records.stats import over_runs, rare_job_s
 from profiles.language import quantity
@@ -74,6 +74,11 @@ def job_s(engine: str, all_: Measurements, steps: float) -> Stated:
 def gpu_peak(engine: str, all_: Measurements) -> Stated:
     """Peak GPU memory that the method held; without a GPU unknown."""
     return _peak(largest(all_.of(engine), gpu_taken_bytes))
+
+
+def gpu_kind(engine: str, all_: Measurements) -> Literal["gpu", "gpu_tensors"]:
+    """What that is: what torch reserved, or of runs that do not tell it what their tensors took."""
+    return "gpu" if reserves_known(all_.of(engine).ok) else "gpu_tensors"
 
 
 def host_peak(engine: str, all_: Measurements) -> Stated:

@@ -133,7 +133,7 @@ def _ratio_text(engine: str, method: str, value: float, all_: Measurements) -> s
 def _taken(engine: str, all_: Measurements) -> dict[str, str]:
     """Time and memory, as the verdict says them."""
     gpu = stated.gpu_peak(engine, all_)
-    kind = "host" if gpu.value is None else "gpu"
+    kind = "host" if gpu.value is None else stated.gpu_kind(engine, all_)
     peak = stated.host_peak(engine, all_) if gpu.value is None else gpu
     takes = say(
         "verdict.per_step" if all_.steps is None else "verdict.whole_job",
@@ -175,7 +175,8 @@ def _memory_tile(engine: str, all_: Measurements) -> Tile:
     if gpu.value is not None:
         limit = gpu_limit_bytes(run, all_.machine)
         of = _of(limit, imposed_gpu_bytes(run)) if limit else ""
-        return Tile(label=say("tile.gpu"), value=stated.memory_text(gpu), detail=of)
+        label = say(f"tile.{stated.gpu_kind(engine, all_)}")
+        return Tile(label=label, value=stated.memory_text(gpu), detail=of)
     host = stated.host_peak(engine, all_)
     return Tile(
         label=say("tile.host"),
@@ -255,7 +256,8 @@ def _memory_text(engine: str, all_: Measurements) -> str:
     parts = []
     limit = gpu_limit_bytes(run, all_.machine)
     if gpu.value is not None and limit:
-        parts.append(say("front.gpu_share", value=stated.memory_text(gpu), share=percent(gpu.value / limit)))
+        key = f"front.{stated.gpu_kind(engine, all_)}_share"
+        parts.append(say(key, value=stated.memory_text(gpu), share=percent(gpu.value / limit)))
     if host.value is not None:
         share = percent(host.value / host_limit_bytes(run))
         parts.append(say("front.host_share", value=stated.memory_text(host), share=share))

@@ -176,7 +176,7 @@ def test_defaults_on_a_good_sweep() -> None:
     states = [(m.engine, m.state) for m in verdict.methods]
     assert states[:3] == [("native", "GO"), ("lsp", "GO"), ("zo2", "GO")]
     assert ("mezo", "NO-GO") in states
-    assert verdict.sentence == "Use native: 505 and 510 ms per step, 20.0 GiB of GPU memory."
+    assert verdict.sentence == "Use native: 505 and 510 ms per step, 20.0 GiB of GPU memory reserved."
     assert verdict.rows[0].evidence == ("native-r1", "native-r2")
     without = decide(
         [run for run in make_sweep() if run.engine != "native"], default_criteria(), make_machine()
@@ -291,7 +291,7 @@ def test_speed_beside_native_is_not_judged_on_an_emulated_machine() -> None:
     verdict = decide(runs, default_criteria(), make_machine())
     assert verdict.state == "GO"
     # The time in the sentence is the one predicted for the machine emulated.
-    assert verdict.sentence == "Use native: 1.00 s (predicted) per step, 5.59 GiB of GPU memory."
+    assert verdict.sentence == "Use native: 1.00 s (predicted) per step, 5.59 GiB of GPU memory reserved."
     asked = criteria(criterion("step_s", 100.0, engine=ANY_METHOD))
     assert decide(runs, asked).state == "INCONCLUSIVE"
     assert decide(runs, asked).next_command.startswith("lspzo-bench compare --job job.toml --out measured")

@@ -316,6 +316,35 @@ def test_how_near_a_step_came_to_reading_its_blocks_alone(tmp_path: Path) -> Non
     assert "100 % is the disk's limit" in table
 
 
+def test_what_may_be_recomputed_and_what_was_are_both_told(tmp_path: Path) -> None:
+    def workload(name: str, runs: list[Run]) -> str:
+        markdown = rendered(write_folder(tmp_path / name, runs))[1]
+        return next(line for line in markdown.splitlines() if line.startswith("- Workload"))
+
+    runs = [
+        make_run("native", plan=make_plan("native", settings={"checkpointed_blocks": 0})),
+        make_run("lsp", plan=make_plan("lsp", settings={"checkpointed_blocks": 3})),
+        make_run("exact-offload"),
+        make_run("mezo"),  # it has no backward pass
+    ]
+    told = "activations may be recomputed (blocks recomputed: native none; lsp 3; exact-offload all); "
+    assert told in workload("may", runs)
+    job = make_test_job(checkpointing=False)
+    assert "no activations recomputed; " in workload("off", [make_run("native", job=job)])
+
+
+def test_gpu_memory_says_what_of_it_is_told(tmp_path: Path) -> None:
+    """What torch reserved, or of a trainer that does not tell it what its tensors took."""
+    _, markdown, html = rendered(write_folder(tmp_path / "reserved", [make_run("native")]))
+    assert "5.59 GiB of GPU memory reserved.**" in markdown
+    assert "- Memory: 5.59 GiB of GPU memory reserved by torch (" in markdown
+    assert "Peak GPU memory, reserved by torch" in html
+    tensors = [make_run("native", peak_gpu_reserved_bytes=None)]
+    _, markdown, html = rendered(write_folder(tmp_path / "tensors", tensors))
+    assert "- Memory: 5.12 GiB of GPU memory in tensors (" in markdown
+    assert "Peak GPU memory, tensors" in html
+
+
 def test_what_the_runs_were_held_to_is_told_where_the_machine_is(tmp_path: Path) -> None:
     """In the question, beside the machine and beside the peaks."""
     job = make_test_job(limits={"vram_bytes": 8 * 2**30, "host_bytes": 32 * 2**30})
@@ -526,7 +555,7 @@ def test_every_message_is_used_and_every_name_in_it_is_plain() -> None:
         word = key.partition(".")[2]
         part = re.sub(
             r"^(key|checkpointing|in|tick|hub|poc|staged|production|below|beside|reading|target)_|"
-            r"_(axis|measured|unknown|of_all|what|then|number|rows)$",
+            r"_(axis|measured|unknown|of_all|what|then|number|rows|memory|share)$",
             "",
             word,
         )
