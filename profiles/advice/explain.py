@@ -64,7 +64,7 @@ def _time(cost: Traffic, context: PlanningContext, plan: Plan) -> Iterator[str]:
             yield f"{name} = {total} {what} / {rate} = {taken}"
     overlap = cost.overlap.replace("_", " ")
     if waited_s := context.network_s(plan.settings.typed):
-        rate = format_rate(context.network_bytes_per_s)
+        rate = format_rate(context.supposed_network_bytes_per_s)
         yield (
             f"network = losses and gradients of {context.nodes} machines at {rate} (supposed) = "
             f"{format_seconds(waited_s)}"

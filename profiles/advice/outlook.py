@@ -15,7 +15,7 @@ from engines.shapes import ModelShape, Workload
 from profiles.advice.amount import ONE_STEP, Amount
 from profiles.advice.job_time import Band, JobForecast, Rates, job_forecast, ranked
 from profiles.machine import Machine
-from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
+from profiles.planning.context import PlanningContext
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import why_no_dtype
 from profiles.planning.ranks import context_of_a_rank
@@ -38,8 +38,8 @@ class JobToPlan:
     gpus: int = 1
     nodes: int = 1
     """Processes on each machine, and machines, that share out every step."""
-    network_bytes_per_s: float = GIGABIT_BYTES_PER_S
-    """Between the machines."""
+    network_bytes_per_s: float | None = None
+    """Between the machines; `None`: nobody has named it."""
 
     def settings_of(self, engine: str) -> GivenSettings:
         return self.settings[engine] if engine in self.settings else defaults(engine)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from engines.costs.resources.network import network_s
+from engines.costs.resources.network import NETWORK_ERROR, network_s
 from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
 from engines.settings.given import GivenSettings, Value
@@ -31,7 +31,10 @@ NETWORK = "network"
 """What limits a step that waits for other machines longer than it takes on its own."""
 
 GIGABIT_BYTES_PER_S = 125e6
-"""What every network between workstations does at least."""
+"""What every network between workstations does at least: supposed where nobody names a rate."""
+
+FAST_NETWORK_BYTES_PER_S = 10 * GIGABIT_BYTES_PER_S
+"""What it may do then."""
 
 
 @lru_cache(maxsize=2048)
@@ -75,8 +78,8 @@ class PlanningContext:
     """Those on its machine, which have some memory together."""
     micro_batches: int = 1
     """Of a whole step, which the ranks divide."""
-    network_bytes_per_s: float = GIGABIT_BYTES_PER_S
-    """Between machines, where there are several. No probe measures it."""
+    network_bytes_per_s: float | None = None
+    """Between machines, where there are several; `None`: nobody has named it. No probe measures it."""
 
     @property
     def nodes(self) -> int:
@@ -96,17 +99,32 @@ class PlanningContext:
         waited_s = self.network_s(settings)
         if not waited_s:
             return alone
+        least_s = waited_s
+        if self.network_bytes_per_s is None:
+            least_s = self._network_s(settings, FAST_NETWORK_BYTES_PER_S)
+        waits = {
+            "step_s_low": least_s / NETWORK_ERROR,
+            "step_s": waited_s,
+            "step_s_high": waited_s * NETWORK_ERROR,
+        }
         times: dict[str, Any] = {
-            name: None if (time_s := getattr(alone, name)) is None else time_s + waited_s
-            for name in ("step_s_low", "step_s", "step_s_high")
+            name: None if (time_s := getattr(alone, name)) is None else time_s + each_s
+            for name, each_s in waits.items()
         }
         decides = alone.step_s is not None and waited_s > alone.step_s
         return replace(alone, **times, bottleneck=NETWORK if decides else alone.bottleneck)
 
+    @property
+    def supposed_network_bytes_per_s(self) -> float:
+        """What is reckoned with."""
+        return GIGABIT_BYTES_PER_S if self.network_bytes_per_s is None else self.network_bytes_per_s
+
     def network_s(self, settings: Any) -> float:
         """Seconds that a step waits for other machines; 0 where there are none."""
-        cost = self.cost(settings)
-        return network_s(cost, self.workload, self.ranks, self.nodes, self.network_bytes_per_s)
+        return self._network_s(settings, self.supposed_network_bytes_per_s)
+
+    def _network_s(self, settings: Any, bytes_per_s: float) -> float:
+        return network_s(self.cost(settings), self.workload, self.ranks, self.nodes, bytes_per_s)
 
     def step_s(self, settings: Any) -> float | None:
         """Predicted seconds of such a step; `None`: the profile lacks a figure for it."""

@@ -9,7 +9,7 @@ from typing import Any
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Figure, LinkFigures, Machine
 from profiles.planning.budget import budget_of
-from profiles.planning.context import GIGABIT_BYTES_PER_S, PlanningContext
+from profiles.planning.context import PlanningContext
 
 
 def context_of_a_rank(
@@ -23,7 +23,7 @@ def context_of_a_rank(
     pinned_limit_bytes: int | None = None,
     gpus: int = 1,
     nodes: int = 1,
-    network_bytes_per_s: float = GIGABIT_BYTES_PER_S,
+    network_bytes_per_s: float | None = None,
 ) -> PlanningContext:
     """What the plan of the slowest of `gpus` processes on each of `nodes` machines is made for: its part of
     the step, on its part of the machine. The limits are the machine's."""

@@ -18,6 +18,11 @@ ROUNDS = 3
 ROUND_S = 0.5e-3
 """Of a local network and of the processes at both ends, whatever the rate. Assumed, not measured."""
 
+NETWORK_ERROR = 2.0
+"""Factor each way of what a step waits for other machines where the rate is the network's name, as 10 Gbit/s:
+rounds of local networks take 0.1 to 1 ms, and one stream of TCP has half to nearly all of a rate. Assumed,
+not measured: no probe reaches another machine."""
+
 
 def sent_bytes(traffic: Traffic, workload: Workload, ranks: int, nodes: int) -> float:
     """In a step, over one machine's network port, both ways. `traffic` and `workload` are a rank's."""

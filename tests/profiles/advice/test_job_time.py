@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from known_shapes import DEEPSEEK_1B, H200
 
+from engines.costs.resources.network import NETWORK_ERROR
 from engines.shapes import Workload
 from profiles.advice import words
 from profiles.advice.amount import Amount
@@ -15,7 +16,7 @@ from profiles.advice.job_time import JobForecast, Rates, are_tied, job_forecast,
 from profiles.advice.money import parse_price
 from profiles.advice.outlook import JobToPlan
 from profiles.planning.plan import Plan
-from profiles.planning.predict import COMPILE_LOW_S, COMPILE_S
+from profiles.planning.predict import COMPILE_LOW_S, COMPILE_S, predict
 from profiles.planning.recommend import plan_engine
 
 JOB = JobToPlan(
@@ -118,6 +119,34 @@ def test_several_machines_take_power_and_money_each() -> None:
     assert boards.seconds is not None
     assert boards.energy_kwh == pytest.approx(boards.seconds / 3600)
     assert "each of 2 GPUs' boards" in boards.basis["energy_kwh"]
+
+
+@pytest.mark.parametrize(("named", "fastest"), [(None, 10 * 125e6), (10 * 125e6, 10 * 125e6)])
+def test_a_network_that_nobody_measured_widens_the_range_of_the_hours(
+    named: float | None, fastest: float
+) -> None:
+    """By its factor each way, and where nobody named its rate by that of a ten times faster one."""
+    job = replace(JOB, engines=("lsp",), workload=Workload(batch_size=4, seq_len=1024, accumulation=2))
+    job = replace(job, nodes=2, network_bytes_per_s=named)
+    context = job.context("lsp", H200)
+    plan = plan_engine(context, job.settings_of("lsp"))
+    typed = plan.settings.typed
+    alone = predict(context.cost(typed), H200, context.workload)
+    least_s = replace(context, network_bytes_per_s=fastest).network_s(typed) / NETWORK_ERROR
+    most_s = context.network_s(typed) * NETWORK_ERROR
+    found = plan.prediction
+    assert alone.step_s_low is not None
+    assert alone.step_s_high is not None
+    assert found.step_s_low == pytest.approx(alone.step_s_low + least_s)
+    assert found.step_s_high == pytest.approx(alone.step_s_high + most_s)
+    hours = job_forecast(plan, context, amount(((1024, 1.0),)), Rates())
+    assert hours.seconds is not None
+    assert hours.seconds_low is not None
+    assert hours.seconds_high is not None
+    assert found.step_s is not None
+    # Compiling has a range of its own.
+    assert hours.seconds_high - hours.seconds > 999 * (found.step_s_high - found.step_s)
+    assert hours.seconds - hours.seconds_low > 999 * (found.step_s - found.step_s_low)
 
 
 def test_overlapping_ranges_are_a_tie_and_nothing_else_is() -> None:
