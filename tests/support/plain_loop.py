@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ class Linear:
     def as_stored(self, product: Tensor) -> Tensor:
         """(outputs, inputs) as the model's tensor has it."""
         return product.t() if self.turned else product
+
+
+@lru_cache(maxsize=16384)
+def drawn(kind: str, draw: int, tensor: int, count: int) -> Tensor:
+    """(count,) fp32 of one key, for all tests that ask for it; nobody may change it."""
+    of_kind = {"gaussian": normal, "binomial": binomials, "rademacher": signs}[kind]
+    return of_kind(NoiseKey(seed=SEED, step=draw, tensor=tensor), count)
 
 
 def block_of(name: str) -> int | None:
@@ -99,18 +107,16 @@ class PlainLoop:
                 self.adapters[name] = self._normal(name, LAST_STEP, tensor) * tensor.shape[1] ** -0.5
 
     def _normal(self, name: str, draw: int, like: Tensor) -> Tensor:
-        key = NoiseKey(seed=SEED, step=draw, tensor=self.numbers[name])
-        kinds = {"gaussian": normal, "binomial": binomials, "rademacher": signs}
-        kind = normal if draw == LAST_STEP else kinds[self.settings.noise]
-        return kind(key, like.numel()).view(like.shape)
+        kind = "gaussian" if draw == LAST_STEP else self.settings.noise
+        return drawn(kind, draw, self.numbers[name], like.numel()).view(like.shape)
 
     def _low_rank_noise(self, name: str, draw: int) -> Tensor:
         """z = U_t V_w^T: U anew for every query, V for a window of steps."""
         rank, linear = self.settings.lozo_rank, self.linears[name]
         number = len(self.theta) + 2 * self.low_rank.index(name)
         window = draw // self.settings.queries // self.settings.lozo_window
-        u = normal(NoiseKey(seed=SEED, step=draw, tensor=number), rank * linear.rows)
-        v = normal(NoiseKey(seed=SEED, step=window, tensor=number + 1), rank * linear.columns)
+        u = drawn("gaussian", draw, number, rank * linear.rows)
+        v = drawn("gaussian", window, number + 1, rank * linear.columns)
         return linear.as_stored(u.view(rank, -1).t() @ v.view(rank, -1))
 
     def _example_noise(self, name: str, step: int, examples: int) -> list[Tensor]:
@@ -120,15 +126,15 @@ class PlainLoop:
         blocks = list(dict.fromkeys(block_of(each) for each in self.low_rank))
         number = len(self.theta) + 2 * blocks.index(block_of(name))
 
-        def factor(side: str, key: NoiseKey) -> Tensor:
+        def factor(side: str, draw: int, number: int) -> Tensor:
             widths = [-(-getattr(self.linears[each], side) // 4) * 4 for each in beside]
             start = sum(widths[: beside.index(name)])
-            drawn = signs(key, examples * sum(widths)).view(examples, -1)
-            return drawn[:, start : start + getattr(self.linears[name], side)]
+            found = drawn("rademacher", draw, number, examples * sum(widths)).view(examples, -1)
+            return found[:, start : start + getattr(self.linears[name], side)]
 
-        r = factor("rows", NoiseKey(seed=SEED, step=step, tensor=number))
+        r = factor("rows", step, number)
         window = step // self.settings.grzo_window
-        s = factor("columns", NoiseKey(seed=SEED, step=window, tensor=number + 1))
+        s = factor("columns", window, number + 1)
         return [self.linears[name].as_stored(torch.outer(*each)) for each in zip(r, s, strict=True)]
 
     def noises(self, step: int, examples: int) -> list[dict[str, Tensor]]:
