@@ -54,6 +54,20 @@ TASKS = {
         ("lora", "smollm2-135m-wikitext2-lora_h200_20261129"),
         ("lsp, d = n/2", "smollm2-135m-wikitext2-lsp_h200_20261129"),
     ),
+    "CoLA, bf16": (
+        ("native", "smollm2-135m-cola_h200_20261130"),
+        ("lora", "smollm2-135m-cola_h200_20261130"),
+        ("exact-offload", "smollm2-135m-cola-exact-offload_h200_20261130"),
+        ("lsp, d = n/2", "smollm2-135m-cola-lsp_h200_20261130"),
+        ("mezo", "smollm2-135m-cola_h200_20261130"),
+    ),
+    "MRPC, bf16": (
+        ("native", "smollm2-135m-mrpc_h200_20261130"),
+        ("lora", "smollm2-135m-mrpc_h200_20261130"),
+        ("exact-offload", "smollm2-135m-mrpc-exact-offload_h200_20261130"),
+        ("lsp, d = n/2", "smollm2-135m-mrpc-lsp_h200_20261130"),
+        ("mezo", "smollm2-135m-mrpc_h200_20261130"),
+    ),
     "SST-2, by uploads": (
         ("mezo", "smollm2-135m-sst2-uploads-mezo_h200_20261129"),
         ("mezo:queries", "smollm2-135m-sst2-uploads_h200_20261129"),
@@ -63,6 +77,9 @@ TASKS = {
     ),
 }
 """Methods of one task in the table's order, and the folder of each. The others stand beside the first."""
+
+METRICS = {"matthews": "Matthews correlation"}
+"""What they are called, where it is not their name."""
 
 SECONDS = {
     "H200": ("smollm2-135m-sst2-seconds_h200_20261129", "smollm2-135m-sst2-seconds_h200_20261130"),
@@ -133,7 +150,8 @@ def methods_of(task: str) -> list[MethodSeeds]:
     for label, folder in TASKS[task]:
         study = load_study(RESULTS / folder)
         engine = label.partition(",")[0]
-        found.append(MethodSeeds(label=label, study=study, finals=study.finals(engine)))
+        (method,) = [each.name for each in study.plan.methods if engine in (each.name, each.engine)]
+        found.append(MethodSeeds(label=label, study=study, finals=study.finals(method)))
     return found
 
 
@@ -151,7 +169,7 @@ def table(task: str) -> Iterator[str]:
     methods = methods_of(task)
     first = methods[0]
     target, name = first.study.plan.target, first.label
-    metric = target.metric.replace("_", " ")
+    metric = METRICS.get(target.metric, target.metric.replace("_", " "))
     yield (
         f"| method | rate (tried) | test {metric}, median (range) | seeds | of {name}'s gain | "
         f"beside {name} | steps to {target.value:g} | steps to 90 % of {name}'s gain |"
@@ -287,7 +305,13 @@ def _chosen(trial: TrialRecord) -> tuple[Evaluated, Evaluated, Evaluated]:
     )
 
 
-PICTURES = {"SST-2, bf16": "sst2.svg", "SST-2, fp32": "sst2-fp32.svg", "WikiText-2, bf16": "wikitext2.svg"}
+PICTURES = {
+    "SST-2, bf16": "sst2.svg",
+    "SST-2, fp32": "sst2-fp32.svg",
+    "WikiText-2, bf16": "wikitext2.svg",
+    "CoLA, bf16": "cola.svg",
+    "MRPC, bf16": "mrpc.svg",
+}
 """Curves of these tasks' methods."""
 DRAWN = ("native", "lora", "exact-offload", "lsp, d = n/2", "lsp, d = n/4", "mezo")
 """`zo2`'s curves are those of `mezo`, and the rest of `lsp`'s lie among the others'."""
@@ -313,7 +337,7 @@ def picture(task: str) -> str:
         series,
         lambda _: Axis(name="steps"),
         Axis(
-            name=f"{metric.replace('_', ' ')} on development data",
+            name=f"{METRICS.get(metric, metric.replace('_', ' '))} on development data",
             unit="%" if is_share else "", size=0.01 if is_share else 1.0,
         ),
         [LevelLine(value=value, name="90 % of gain")],

@@ -23,7 +23,7 @@ METHODS = {0.25: "lsp block d=n/4", 0.5: "lsp block d=n/2", 0.75: "lsp block d=3
 
 
 def test_the_numbers_are_those_of_the_file() -> None:
-    per_byte, accuracy, _ = PLAIN
+    per_byte, accuracy, *_ = PLAIN
     rows = json.loads((ROOT / per_byte.source).read_text())["rows"]
 
     def spread(source: str, method: str, key: str) -> list[float]:
@@ -73,13 +73,28 @@ def test_the_numbers_on_real_weights_are_those_of_the_records() -> None:
         assert study.found[share] == pytest.approx((fmean(points), points[0], points[2]), abs=0.06)
 
 
+def test_the_numbers_on_other_tasks_are_those_of_the_records() -> None:
+    for study in PLAIN[3:]:
+        task = "MRPC, bf16" if "MRPC" in study.name else "CoLA, bf16"
+        by_label = {each.label: each for each in methods_of(task)}
+        assert study.unit == {"matthews": "Matthews correlation"}.get(
+            by_label["native"].metric, by_label["native"].metric
+        )
+        whole = fmean(by_label[study.whose.removesuffix("'s")].tests)
+        points = sorted(100 * (whole - each) for each in by_label["lsp, d = n/2"].tests)
+        assert study.found == {0.5: pytest.approx((fmean(points), points[0], points[2]), abs=0.06)}
+    assert {each.whose for each in PLAIN[3:]} == {"exact-offload's"}
+
+
 def test_a_size_that_a_study_lacks_is_not_told_of_it() -> None:
     told = " ".join(quality_reasons(1.0, 135 * 10**6, residual=False))
     assert "SmolLM2" not in told
     assert "not known" in told
     known = quality_reasons(0.5, 135 * 10**6, residual=False)
     assert "not known" not in " ".join(known)
-    assert "0.4 points (-0.1 to 0.7) above native's accuracy" in known[-1]
+    assert "0.4 points (-0.1 to 0.7) above native's accuracy" in known[-3]
+    assert "2.8 points (1.7 to 3.6) below exact-offload's accuracy" in known[-2]
+    assert "6.2 points (1.8 to 13.3) below exact-offload's Matthews correlation" in known[-1]
     assert "SmolLM2" in quality_reasons(0.25, 10**6, residual=True)[-1]
 
 
