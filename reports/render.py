@@ -40,7 +40,7 @@ def write_report(
     language: Language = "en",
 ) -> Verdict:
     """Judge what lies in `folder` and write report.md, report.html, report.json and verdict.json there; in
-    another language than English the first two are called report.ja.md and report.ja.html.
+    another language than English also report.ja.md and report.ja.html, which say the same.
 
     `criteria_path` takes the place of the folder's own criteria.toml. Without either the built-in
     defaults judge, and the report says so. `on_broken` is called with each file that is left out. The verdict
@@ -53,12 +53,19 @@ def write_report(
         english = source.told()
         write_whole(folder / "verdict.json", to_json(english.verdict))
         write_whole(folder / "report.json", to_json(source.data(english)))
+        _write_pages(english, folder, "en")
+    if language == "en":
+        return english.verdict
     with speaking(language):
-        shown = english if language == "en" else source.told()
-        name = page(folder, language).with_suffix("")
-        write_whole(name.with_name(f"{name.name}.md"), render_markdown(shown))
-        write_whole(name.with_name(f"{name.name}.html"), render_html(shown))
+        shown = source.told()
+        _write_pages(shown, folder, language)
     return shown.verdict
+
+
+def _write_pages(document: WrittenReport, folder: Path, language: Language) -> None:
+    name = page(folder, language).with_suffix("")
+    write_whole(name.with_name(f"{name.name}.md"), render_markdown(document))
+    write_whole(name.with_name(f"{name.name}.html"), render_html(document))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ Nothing here measures, plans or lays out a table.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 import shutil
@@ -178,10 +179,16 @@ def fold_help() -> None:
         module.Table = Folding  # type: ignore[attr-defined]
 
 
+LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree")
+"""Loggers that warn of libraries' own parts as transformers imports torchao: of none that is used here."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a signal is exit code 130."""
     _open_standard_streams()
     no_core_dumps()
+    for name in LOUD_WHEN_IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     stdout, stderr = sys.stdout, sys.stderr
     if "--help" in sys.argv or len(sys.argv) == 1:
         fold_help()

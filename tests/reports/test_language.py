@@ -110,7 +110,10 @@ def test_sentences_of_plans_and_records_are_translated() -> None:
 
 
 def test_both_are_written_side_by_side_and_json_stays_english(folder: Path) -> None:
+    write_report(folder, language="ja")
+    in_english = (folder / "report.md").read_text(encoding="utf-8")
     write_report(folder)
+    assert (folder / "report.md").read_text(encoding="utf-8") == in_english
     before = (folder / "verdict.json").read_bytes()
     verdict = write_report(folder, language="ja")
     assert (folder / "verdict.json").read_bytes() == before

@@ -235,6 +235,19 @@ def test_folders_named_like_ours_do_not_shadow_them(tmp_path: Path, program: str
     assert len(json.loads(listed.stdout)) > 5
 
 
+def test_libraries_that_are_imported_say_nothing(tmp_path: Path) -> None:
+    """torchao warns of its own kernels beside a torch without GPU, and torch of torchao."""
+    pytest.importorskip("torchao")
+    (tmp_path / "x.tsv").write_text("".join(f"text {i}\t{i % 2}\n" for i in range(20)))
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "run", "--engine", "native", "--model", "tiny-llama", "--quiet",
+         "--random-weights", "--data", str(tmp_path / "x.tsv"), "--steps", "1", "--batch-size", "1",
+         "--seq-len", "16", "--dtype", "fp32", "--out", str(tmp_path / "out")],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("models",), ("models", "--json"), ("--help",)])
 def test_output_that_cannot_be_written_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:

@@ -177,3 +177,17 @@ def test_json_stays_english() -> None:
     told = printed("recommend", "--model", "opt-1.3b", "--profile", "rtx-3090", "--json")
     assert not JAPANESE.search(told)
     assert not JAPANESE.search(printed("doctor", "--profile", "rtx-3090", "--json"))
+
+
+def test_plans_without_a_gpu_are_in_japanese() -> None:
+    """What `zo2` plans there, and what disturbs figures of a busy CPU."""
+    with speaking("ja"):
+        for sentence in (
+            "resident_blocks=0: there is no GPU to keep them on; all go the way they would to one",
+            "fold_every=1: there is no link to relieve",
+            "other processes kept 0.6 of 2 cores busy",
+            "disturbed: other processes kept 0.6 of 2 cores busy",
+        ):
+            shown = translated(sentence)
+            assert JAPANESE.search(shown), shown
+            assert not ENGLISH.search(shown), shown
