@@ -305,7 +305,10 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
         made = workload.tokens_per_step * (rows + columns + 2 * d)
     # Expanded, taken off the gradient, kept, scaled, filled and applied.
     left_out = (RESIDUAL_PASSES * matrix.parameters + d * d) if settings.residual else 0
-    return float(element * (made + 2 * matrix.parameters + 4 * d * d + left_out))
+    moved = element * (made + 2 * matrix.parameters + 4 * d * d + left_out)
+    if workload.accumulation > 1:  # fp32 sums: cleared, added to by each micro-batch, rounded to the core
+        moved += (4 + 12 * workload.accumulation + 4 + element) * d * d
+    return float(moved)
 
 
 def _gpu_memory(

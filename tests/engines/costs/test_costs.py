@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama, opt
 
 from engines.costs import loss, mezo, transformer
-from engines.costs.lsp import core_elements
+from engines.costs.lsp import core_elements, core_size, projection_bytes
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
@@ -328,6 +328,19 @@ def test_kernels_take_as_long_whether_the_cpu_starts_them_or_a_graph_does(engine
     for with_graph, without in zip(captured.layers, plain.layers, strict=True):
         assert with_graph.kernels == without.kernels
         assert with_graph.launches <= without.launches
+
+
+def test_lsp_adds_up_the_cores_of_several_micro_batches_in_fp32() -> None:
+    """2.7 K x 2.7 K on an H200: 24 us, of a product of 73 with 3.6 K tokens."""
+
+    def moved(accumulation: int) -> float:
+        each = replace(TRAINING, batch_size=TRAINING.batch_size // accumulation, accumulation=accumulation)
+        return sum(projection_bytes(matrix, settings, each) for matrix in DEEPSEEK_1B.matrices)
+
+    settings = LspSettings(d=512, r=4)
+    cores = sum(core_size(matrix.rows, matrix.columns, settings) ** 2 for matrix in DEEPSEEK_1B.matrices)
+    assert moved(2) - moved(1) == (4 + 2 * 12 + 6) * cores
+    assert moved(4) - moved(2) == 2 * 12 * cores
 
 
 def test_lsp_twin_does_the_same_work_with_nothing_pinned_or_overlapped() -> None:
