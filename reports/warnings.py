@@ -36,6 +36,7 @@ def warnings(
         _about_criteria(runs, criteria),
         _about_offload(criteria),
         _about_failures(all_),
+        _about_worse(all_),
         _about_guessing(all_),
         _about_padding(all_),
         _about_surroundings(runs),
@@ -151,6 +152,17 @@ def _about_quality(all_: Measurements) -> str | None:
     if len(all_.rounds) < 2 or (best := best_quality(all_.rounds, all_)) is None or best.told:
         return None
     return say("warning.too_short_to_tell", before=loss(best.before), after=loss(best.after))
+
+
+def _about_worse(all_: Measurements) -> str | None:
+    """Accuracy that training lowered, whatever became of the loss."""
+    found = {engine: learned(engine, all_) for engine in all_.engines}
+    fell = [
+        say("warning.item", engine=engine, value=say("table.first_to_last", first=one.before, last=one.after))
+        for engine, one in found.items()
+        if one is not None and one.fell
+    ]
+    return say("warning.worse", items="; ".join(fell)) if fell else None
 
 
 def _about_guessing(all_: Measurements) -> str | None:

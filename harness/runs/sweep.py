@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from harness.runs.worker import Request
 from profiles.documents import adapter
 from profiles.planning.plan import Plan
 from profiles.system.nvml import open_device
+from profiles.units import format_seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +164,8 @@ def run_sweep(
     found = tuple(cell.id for cell in cells if cell.id in kept)
     on_event(
         Planned(
-            kept=found, to_run=to_run, again=again, notes=environment.notes,
+            kept=found, to_run=to_run, again=again,
+            notes=(*environment.notes, *late_runs(job, plans)),
             taken_up=tuple(run.id for run in taken),
         )
     )  # fmt: skip
@@ -220,3 +222,15 @@ def _hash(job: Job, plan: Plan, emulated: Emulated | None) -> str:
     if emulated is not None:
         what.append(adapter(Emulated).dump_python(emulated, mode="json"))
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode("utf-8")).hexdigest()[:8]
+
+
+def late_runs(job: Job, plans: Sequence[Plan]) -> Iterator[str]:
+    """A sentence on each plan whose steps may take longer, by its prediction, than a run is given."""
+    steps, limit_s = job.warmup_steps + job.steps, job.limits.timeout_s
+    for plan in plans:
+        most_s = steps * (plan.prediction.step_s_high or 0.0)
+        if plan.fits and most_s > limit_s:
+            yield (
+                f"{plan.engine}: {steps} steps may take {format_seconds(most_s)}, and --timeout {limit_s:g} "
+                "stops a run after so many seconds"
+            )

@@ -49,6 +49,8 @@ class QualityReached:
     """Share of the most frequent class; empty where it is not known."""
     is_guessing: bool = False
     """What `after` may be of other examples reaches down to that share."""
+    fell: bool = False
+    """Accuracy is lower than before the first step."""
 
     @property
     def told(self) -> str:
@@ -69,14 +71,16 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
         if after is not None:
             examples = over_examples(rounds) if kind == "accuracy" else None
             majority = examples.majority_class if examples else None
+            began = typical(rounds, first)
             return QualityReached(
                 kind=kind,
-                before=show(typical(rounds, first)),
+                before=show(began),
                 after=show(after),
                 native="" if engine == YARDSTICK or others is None else show(others),
                 examples=examples_text(examples) if examples else "",
                 majority="" if majority is None else accuracy(majority),
                 is_guessing=examples is not None and majority is not None and examples.low <= majority,
+                fell=kind == "accuracy" and began is not None and after < began,
             )
     return None
 

@@ -711,3 +711,13 @@ def test_one_process_is_judged_by_the_range_of_its_steps(metric: Metric, thresho
     assert alone.measured_high is not None
     assert alone.measured_high / alone.measured_low == pytest.approx(1.1 / 0.9)
     assert decide([make_run(round=i) for i in (1, 2, 3)], asked).rows[0].outcome == "pass"
+
+
+def test_accuracy_that_training_lowered_is_said() -> None:
+    def warned(last: float) -> bool:
+        run = make_run("native", job=REAL, eval_accuracy_first=0.6875, eval_accuracy_last=last)
+        told = "lower than before the first: native 68.8 % to 50.0 %."
+        return any(told in each for each in decide([run], default_criteria()).warnings)
+
+    assert warned(0.5)
+    assert not warned(0.6875)

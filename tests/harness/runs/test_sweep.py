@@ -19,12 +19,23 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 import harness.runs.attempt
 from engines.errors import UserError
 from engines.files.writing import is_leftover
-from harness.records.job import Job, load_job, save_job
+from harness.records.job import Job, Limits, load_job, save_job
 from harness.records.manifest import MANIFEST, check_manifest
 from harness.records.run import EndState, Run, Summary, load_run
 from harness.runs.launch import Outcome, Stepped
-from harness.runs.sweep import Ended, Planned, Started, SweepEvent, SweepOptions, grid, missing, run_sweep
+from harness.runs.sweep import (
+    Ended,
+    Planned,
+    Started,
+    SweepEvent,
+    SweepOptions,
+    grid,
+    late_runs,
+    missing,
+    run_sweep,
+)
 from harness.runs.worker import Request
+from profiles.language import speaking, translated
 from profiles.planning.plan import Plan, load_plans
 from run_records import save_run
 
@@ -65,6 +76,18 @@ def test_ids_follow_what_is_run_and_not_what_is_predicted() -> None:
     guess = replace(A, prediction=replace(A.prediction, step_s=9.0), reasons=())
     assert run_ids(JOB, [guess], 1) == run_ids(JOB, [A], 1)
     assert run_ids(scripted_job(seed=1), [A], 1) != run_ids(JOB, [A], 1)
+
+
+def test_steps_that_may_take_longer_than_a_run_is_given_are_told() -> None:
+    """Six steps of up to 1.5 s."""
+    slow = replace(A, prediction=replace(A.prediction, step_s_high=1.5))
+    late = list(late_runs(replace(JOB, limits=Limits(timeout_s=8.0)), [slow]))
+    assert late == ["scripted: 6 steps may take 9.00 s, and --timeout 8 stops a run after so many seconds"]
+    with speaking("ja"):
+        assert "6 ステップに最大 9.00 秒" in translated(late[0])
+    assert not list(late_runs(replace(JOB, limits=Limits(timeout_s=10.0)), [slow]))
+    skipped = replace(slow, fits=False, why_not="2 GiB of GPU memory are missing")
+    assert not list(late_runs(replace(JOB, limits=Limits(timeout_s=8.0)), [skipped]))
 
 
 def test_the_same_plan_twice_is_refused() -> None:
