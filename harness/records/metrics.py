@@ -68,11 +68,20 @@ def metrics_of(
     return found | _majority(expected) | _classes(expected, predicted)
 
 
+def share_right(evaluation: Evaluation) -> float | None:
+    """Its accuracy; `None` where numbers are predicted, of which none is right or wrong."""
+    return None if _are_numbers(evaluation) else evaluation.accuracy
+
+
+def _are_numbers(evaluation: Evaluation) -> bool:
+    return any(isinstance(each, float) for each in evaluation.expected)
+
+
 def majority_class(evaluation: Evaluation) -> float | None:
     """Share of the examples that are of the most frequent class; `None` where they have no classes, or not
     each its own."""
     expected = evaluation.expected
-    if len(expected) != evaluation.num_examples or any(isinstance(each, float) for each in expected):
+    if len(expected) != evaluation.num_examples or _are_numbers(evaluation):
         return None  # texts, and answers with two ends; numbers
     return _majority(expected).get("majority_class")
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from engines.base import Engine, Evaluation, StepStats
 from engines.errors import NonFiniteLoss
-from harness.records.metrics import majority_class
+from harness.records.metrics import majority_class, share_right
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
 from harness.runs.emulate import AppliedLimits
@@ -125,8 +125,8 @@ class RunRecording:
             steps,
             eval_loss_first=None if first is None else first.loss,
             eval_loss_last=None if last is None else last.loss,
-            eval_accuracy_first=None if first is None else first.accuracy,
-            eval_accuracy_last=None if last is None else last.accuracy,
+            eval_accuracy_first=None if first is None else share_right(first),
+            eval_accuracy_last=None if last is None else share_right(last),
             eval_examples=None if first is None else first.num_examples,
             eval_majority_class=None if first is None else majority_class(first),
             # Of the last: the first one loads kernels.

@@ -149,6 +149,12 @@ def test_what_accuracy_rests_on_is_kept() -> None:
     recording = RunRecording(tokens_per_step=8, evaluations=[found, found], eval_s=[1.0, 1.0])
     summary = recording.summary()
     assert (summary.eval_examples, summary.eval_majority_class) == (4, 0.75)
+    numbers = replace(found, expected=(1.0, 0.5, 2.0, 1.0))
+    recording.evaluations = [numbers, numbers]
+    summary = recording.summary()
+    assert summary.eval_accuracy_first is summary.eval_accuracy_last is summary.eval_majority_class is None
+    assert summary.eval_loss_last == 1.0
+    recording.evaluations = [found, found]
     of_text = replace(recording.evaluations[0], num_examples=None, expected=())
     recording.evaluations = [of_text, of_text]
     assert recording.summary().eval_examples is recording.summary().eval_majority_class is None
