@@ -187,6 +187,8 @@ def test_plans_without_a_gpu_are_in_japanese() -> None:
             "fold_every=1: there is no link to relieve",
             "other processes kept 0.6 of 2 cores busy",
             "disturbed: other processes kept 0.6 of 2 cores busy",
+            "no GPU, AMD EPYC",
+            "this program's AdamW, bf16 weights, fp32 moments, 67108864 elements (896 MiB), 1 threads",
         ):
             shown = translated(sentence)
             assert JAPANESE.search(shown), shown
