@@ -209,7 +209,7 @@ class DiskBlocks:
         try:
             return read.result()
         except OSError as error:
-            raise self.files.unusable("cannot be read", error) from error
+            raise self.files.place.unusable("cannot be read", error) from error
 
     def fill(self, block: int, memory: Tensor) -> None:
         """Write a block, bytes on the device, for the first time or anew. After `rewind`.
@@ -238,7 +238,7 @@ class DiskBlocks:
                 write.result()
             span.file.resize(span.offset_bytes + span.num_bytes)  # exactly, as safetensors asks for
         except OSError as error:
-            raise self.files.unusable("cannot be written", error) from error
+            raise self.files.place.unusable("cannot be written", error) from error
         finally:
             wait_for(writes)
         self.files.is_now_in(block, span)

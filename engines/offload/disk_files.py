@@ -3,14 +3,12 @@ else one of our own for each block; and a second one of each block that a run wr
 
 from __future__ import annotations
 
-import errno
-import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from engines.errors import InfeasiblePlan, UserError
 from engines.offload.direct_io import FileSpan, in_memory, make_file
+from engines.offload.spill_place import SpillPlace
 
 
 class PageCacheWarning(UserWarning):
@@ -36,6 +34,7 @@ class BlockFiles:
     ) -> None:
         self.sizes_bytes = dict(sizes_bytes)
         self.folder = folder
+        self.place = SpillPlace(folder=folder, setting="zo2.disk_folder")
         self.own: dict[int, FileSpan] = {}
         """Ours, which `fill` writes."""
         self.seconds: dict[int, FileSpan] = {}
@@ -48,24 +47,14 @@ class BlockFiles:
         """The files. Raises as the constructor."""
         own = [i for i in self.sizes_bytes if i not in self._spans]
         missing = [(i, self.own) for i in own] + [(i, self.seconds) for i in written_back]
-        needed_bytes = sum(self.sizes_bytes[i] for i, _ in missing)
         if not missing:
             return
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            free_bytes = shutil.disk_usage(self.folder).free
-            if needed_bytes > free_bytes:
-                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes, written_back))
+        needed_bytes = sum(self.sizes_bytes[i] for i, _ in missing)
+        twice = ", second files for folded updates included" if written_back else ""
+        what = f"{len(self.sizes_bytes)} blocks take {needed_bytes / 1e9:.3g} GB{twice}"
+        with self.place.taken(needed_bytes, what, self.close):
             for index, files in missing:
                 files[index] = self._make_file(index)
-        except OSError as error:
-            self.close()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InfeasiblePlan(self._too_small(needed_bytes, None, written_back)) from None
-            raise self.unusable("cannot be used", error) from None
-        except BaseException:
-            self.close()
-            raise
 
     def _make_file(self, block: int) -> FileSpan:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -83,25 +72,6 @@ class BlockFiles:
             remedy = "name a folder on a local disk with --set zo2.disk_folder=FOLDER"
             warnings.warn(f"{warning}; {remedy}", PageCacheWarning, stacklevel=4)
         return why is None
-
-    def _too_small(self, needed_bytes: int, free_bytes: int | None, written_back: Collection[int]) -> str:
-        twice = ", second files for folded updates included" if written_back else ""
-        missing = (
-            f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
-            if free_bytes is not None
-            else "the disk is too small, or a quota is"
-        )
-        return (
-            f"{missing} in {self.folder}: {len(self.sizes_bytes)} blocks take {needed_bytes / 1e9:.3g} GB"
-            f"{twice}; free disk space, or name another folder with --set zo2.disk_folder=FOLDER"
-        )
-
-    def unusable(self, why: str, error: OSError) -> UserError:
-        return UserError(
-            str(self.folder),
-            f"{why} ({error.strerror or error})",
-            "name a folder on a sound local disk with --set zo2.disk_folder=FOLDER",
-        )
 
     def holds(self, block: int) -> bool:
         """A file that is not ours has its weights: it need not be filled."""
@@ -121,7 +91,7 @@ class BlockFiles:
             try:
                 self.seconds[block] = self._make_file(block)
             except OSError as error:
-                raise self.unusable("cannot hold a second file of a block", error) from error
+                raise self.place.unusable("cannot hold a second file of a block", error) from error
         return self.seconds[block]
 
     def is_now_in(self, block: int, span: FileSpan) -> None:

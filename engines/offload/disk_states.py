@@ -9,8 +9,6 @@ nameless: they are gone however the run ends.
 
 from __future__ import annotations
 
-import errno
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +23,10 @@ import torch
 from torch import Tensor
 
 from engines.costs.resources.disk import CHUNK_BYTES, STATE_PLACES
-from engines.errors import InfeasiblePlan, UserError
+from engines.errors import UserError
 from engines.offload.direct_io import ALIGNMENT_BYTES, FileSpan, make_file
 from engines.offload.reader_thread import ReaderThread, ReadJob
+from engines.offload.spill_place import SpillPlace
 from engines.transfer.busy_clock import BusyClock
 from engines.transfer.clock import now_s
 from engines.transfer.pinned import HostSlab
@@ -58,8 +57,7 @@ class DiskStates:
         Raises `InfeasiblePlan` where the disk is too small, and `UserError` where `folder` cannot be used.
         """
         self._sizes_bytes = dict(sizes_bytes)
-        self._folder = folder
-        self._setting = setting
+        self._spill = SpillPlace(folder=folder, setting=setting)
         self._delay_s = delay_s
         self._timeline = timeline
         self._files: dict[int, FileSpan] = {}
@@ -88,39 +86,12 @@ class DiskStates:
 
     def _make_files(self) -> None:
         needed_bytes = sum(map(_aligned, self._sizes_bytes.values()))
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            free_bytes = shutil.disk_usage(self._folder).free
-            if needed_bytes > free_bytes:
-                raise InfeasiblePlan(self._too_small(needed_bytes, free_bytes))
+        states = f"optimizer states of {len(self._sizes_bytes)} blocks"
+        what = f"{states} take {needed_bytes / 1e9:.3g} GB"
+        with self._spill.taken(needed_bytes, what, self._close_files):
             for index, size in self._sizes_bytes.items():
-                span = self._files[index] = make_file(self._folder, f"state.{index}", size)
+                span = self._files[index] = make_file(self._spill.folder, f"state.{index}", size)
                 span.file.resize(span.offset_bytes + _aligned(size))  # what was never written reads as zero
-        except OSError as error:
-            self._close_files()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InfeasiblePlan(self._too_small(needed_bytes, None)) from None
-            raise self._unusable("cannot be used", error) from None
-        except BaseException:
-            self._close_files()
-            raise
-
-    def _too_small(self, needed_bytes: int, free_bytes: int | None) -> str:
-        missing = "the disk is too small, or a quota is"
-        if free_bytes is not None:
-            missing = f"{(needed_bytes - free_bytes) / 1e9:.3g} GB of disk are missing"
-        return (
-            f"{missing} in {self._folder}: optimizer states of {len(self._sizes_bytes)} blocks take "
-            f"{needed_bytes / 1e9:.3g} GB; free disk space, or name another folder with "
-            f"--set {self._setting}=FOLDER"
-        )
-
-    def _unusable(self, why: str, error: OSError) -> UserError:
-        return UserError(
-            str(self._folder),
-            f"{why} ({error.strerror or error})",
-            f"name a folder on a sound local disk with --set {self._setting}=FOLDER",
-        )
 
     @property
     def total_bytes(self) -> int:
@@ -164,7 +135,7 @@ class DiskStates:
                     ),
                 )
         except OSError as error:
-            raise self._unusable("cannot be read", error) from error
+            raise self._spill.unusable("cannot be read", error) from error
 
     @contextmanager
     def borrowed(self, block: int, *, changes: bool) -> Iterator[Tensor]:
@@ -185,7 +156,7 @@ class DiskStates:
                 for begin, end in self._chunks(self._sizes_bytes[block]):
                     self._write(block, place, begin, end)
         except OSError as error:
-            raise self._unusable("cannot be read or written", error) from error
+            raise self._spill.unusable("cannot be read or written", error) from error
         finally:
             self._set_free(place)
 
@@ -232,7 +203,7 @@ class DiskStates:
 
     def _fail(self, why: str, error: OSError) -> None:
         with self._changed:
-            self._error = self._error or self._unusable(why, error)
+            self._error = self._error or self._spill.unusable(why, error)
             self._changed.notify_all()
 
     def _set_free(self, place: int) -> None:

@@ -97,7 +97,9 @@ class SharedFiles(BlockFiles):
         try:
             self.seconds[block] = self._opened(block, maker - 1, descriptor)
         except OSError as error:
-            raise self.unusable("holds a file of another rank, which cannot be opened", error) from error
+            raise self.place.unusable(
+                "holds a file of another rank, which cannot be opened", error
+            ) from error
 
     def is_now_in(self, block: int, span: FileSpan) -> None:
         super().is_now_in(block, span)
