@@ -32,6 +32,12 @@ WIDE_OF_ADAPTERS = 3
 whose backward pass runs: their own part of the sum, the gradient that goes back through them, and a copy in
 which the compiler times the kernel that adds it up. Counted in torch's allocator in three jobs on an H200."""
 
+WIDE_OF_ADAPTERS_AGAIN = 3
+"""Of the widest states those that a gated block has beside them where a compiler runs it again: both factors
+and what they come to are not kept as sums, so both parts of each are there when the gate's gradient is made,
+eleven wide states in all. Counted in the compiler's code for Qwen2.5; jobs of Qwen2.5 0.5B that ran out of
+memory on H200s (`tests/studies/prediction_grid_h200_third_morning`) need as much."""
+
 NF4_BYTES = 0.516
 """Of a weight, scales of eight bits included."""
 
@@ -59,6 +65,16 @@ def _in_block_bytes(adapted: Sequence[MatrixShape], workload: Workload, how: Blo
         return WIDE_OF_ADAPTERS * element * tokens * max(max(m.rows, m.columns) for m in adapted)
     kept = element * sum(m.columns for m in adapted) if element < 4 else 0
     return tokens * (kept + max(4 * m.columns + 2 * element * m.rows for m in adapted))
+
+
+def _more_again_bytes(
+    shape: ModelShape, adapted: Sequence[MatrixShape], workload: Workload, how: BlockPasses
+) -> int:
+    """What they take beside that in a gated block which the compiler runs again, one micro-batch."""
+    if not adapted or not how.compiled or not shape.gated_mlp:
+        return 0
+    wide = workload.batch_size * workload.seq_len * shape.intermediate
+    return WIDE_OF_ADAPTERS_AGAIN * BYTES_PER_ELEMENT[workload.dtype] * wide
 
 
 def lora(shape: ModelShape, workload: Workload, settings: LoraSettings) -> Traffic:
@@ -112,6 +128,7 @@ def _traffic(
         layers.append(layer)
     total = shape.num_blocks * adapters
     kept = transformer.saved_activation_bytes(shape, workload, how)
+    kept -= min(how.recomputed, shape.num_blocks) * workload.hidden_bytes(shape)
     rest = shape.parameters - shape.matrix_parameters
     return Traffic(
         layers=tuple(layers),
@@ -133,6 +150,7 @@ def _traffic(
             if element < 4 and transformer.normalizes_last(shape)
             else 0,
             more_in_block=_in_block_bytes(adapted, workload, how),
+            more_again=_more_again_bytes(shape, adapted, workload, how) if wide == 0 else 0,
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if how.captured else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},

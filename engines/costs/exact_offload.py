@@ -33,6 +33,7 @@ from dataclasses import replace
 
 from engines.costs import loss, transformer
 from engines.costs.lsp import NORM_BYTES
+from engines.costs.memory.trial import with_trial
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.resources.traffic import FUSED_ADAM_BYTES, GpuMemory, LayerTraffic, Overlap, Traffic
@@ -232,8 +233,8 @@ def _passes(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
 
 
 def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
-    """GPU memory at the worst of four moments: a loss, its backward pass, that of the last block, and the
-    end."""
+    """GPU memory at the worst of five moments: the trial, a loss, its backward pass, that of the last block,
+    and the end."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     non_block = element * shape.non_block_parameters
     on_gpu = settings.outer == "gpu"
@@ -261,7 +262,6 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
     logits = loss.logits_bytes(shape, workload, compiled=passes.compiled)
     tuning = loss.TUNING_BYTES if passes.compiled else 0
-    off_grid = loss.is_off_grid(shape, workload)
     of_head = 0 if on_gpu else element * shape.head_parameters
     moments = (
         {
@@ -273,8 +273,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         {
             "gradients": held["gradients"] + non_block + of_head,
             "activations": saved + between,
-            # Off the grid of products more is there, by two jobs that ran out of memory; what was not seen.
-            "logits": logits // 2 if passes.compiled and not off_grid else logits,
+            "logits": logits // 2 if passes.compiled else logits,
         },
         {
             "gradients": held["gradients"] + non_block + made,
@@ -288,10 +287,11 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     )
     kinds = [{**held, **moment} for moment in moments]
     apart = int(UNSHARED * transformer.apart_bytes(kinds))
+    most, apart, returned = with_trial(shape, workload, transformer.peak_moment(kinds), 0, apart)
     return GpuMemory(
-        gpu_memory_bytes=transformer.peak_moment(kinds),
+        gpu_memory_bytes=most,
         gpu_apart_bytes=apart,
-        gpu_returned_bytes=apart,
+        gpu_returned_bytes=returned,
         gpu_margin=MARGIN_OFFLOADED,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(None),

@@ -14,11 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engines.costs import loss, transformer
+from engines.costs.memory.segments import lost_in_places
+from engines.costs.memory.trial import with_trial
 from engines.costs.native import (
     ADAM_PASSES,
     ADAM_SLOWDOWN,
     GRAPH_BYTES,
     MARGIN_OFFLOADED,
+    UNSHARED,
     block_passes,
     workspaces,
 )
@@ -91,15 +94,9 @@ BF16_MOMENTS_SLOWDOWN = 1.3
 all threads of an H200's host and 1.41 with half (engines/EXPERIMENTS.md), 1.1 to 1.4 in nine runs of two
 others."""
 
-
 LOSS_BYTES = 10
 """GPU bytes per logit at the peak of a loss that is not compiled where blocks are, 16-bit weights. Less than
 without them: 11 in one job on an H200, 4 in another (`tests/studies/prediction_grid_h200`)."""
-
-LOSS_BYTES_BLOCK_MAJOR = 6
-"""The same where all micro-batches pass a block together and the loss is compiled: four were there and two
-asked for when two jobs on an H200 ran out of memory (`tests/studies/prediction_grid_h200_second_morning`).
-What the last two are was not seen: `exact-offload`, whose loss is compiled as well, ran with four."""
 
 RESIDUAL_PASSES = 14
 """Over a matrix, reads and writes, for what its projectors leave out."""
@@ -314,7 +311,7 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
 def _gpu_memory(
     shape: ModelShape, workload: Workload, settings: LspSettings, trained_bytes: int
 ) -> GpuMemory:
-    """GPU memory at the worse of two moments: the loss, the last gradients of a block."""
+    """GPU memory at the worst of three moments: the trial, the loss, the last gradients of a block."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
     core = sum(d * d for d in sizes)
@@ -368,11 +365,16 @@ def _gpu_memory(
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    apart = transformer.apart_bytes(kinds)
+    apart, lost = transformer.apart_bytes(kinds), 0
+    if settings.block_major:  # a block's passes find the places that the logits have left
+        apart = int(UNSHARED * apart)
+        lost = _lost_to_moments(shape, workload, settings)
+    stays = lost + _pool_bytes(shape, workload, settings)
+    most, apart, returned = with_trial(shape, workload, transformer.peak_moment(kinds), stays, apart)
     return GpuMemory(
-        gpu_memory_bytes=transformer.peak_moment(kinds),
-        gpu_apart_bytes=apart + _pool_bytes(shape, workload, settings),
-        gpu_returned_bytes=apart,
+        gpu_memory_bytes=most,
+        gpu_apart_bytes=apart,
+        gpu_returned_bytes=returned,
         gpu_margin=MARGIN_OFFLOADED,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(lsp_passes(shape, workload, settings)),
@@ -380,10 +382,18 @@ def _gpu_memory(
 
 
 def _logits_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """With blocks that all micro-batches pass together the loss is compiled too, in each step."""
-    if settings.block_major and settings.compile is not False:
-        each = max(LOSS_BYTES_BLOCK_MAJOR, loss.LOSS_BYTES_COMPILED[workload.dtype])
-        return each * loss.num_logits(shape, workload) + loss.TUNING_BYTES
-    if settings.compile is False or BYTES_PER_ELEMENT[workload.dtype] == 4:
-        return loss.logits_bytes(shape, workload)
+    """With blocks that all micro-batches pass together the loss is compiled too, before moments are there."""
+    compiled = settings.compile is not False
+    if settings.block_major or not compiled or BYTES_PER_ELEMENT[workload.dtype] == 4:
+        return loss.logits_bytes(shape, workload, compiled=compiled and settings.block_major)
     return LOSS_BYTES * loss.num_logits(shape, workload)
+
+
+def _lost_to_moments(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
+    """What holds no logits of the places of the first step's, in which it makes a head's or an embedding's
+    gradient and moments, which stay."""
+    if not settings.train_outer or shape.head != "causal_lm":
+        return 0
+    element = BYTES_PER_ELEMENT[workload.dtype]
+    large = [element * shape.head_parameters] * (1 if shape.tied else 2)
+    return lost_in_places([element * loss.num_logits(shape, workload)] * 2, 3 * large)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from engines.costs import loss, transformer
+from engines.costs.memory.segments import lost_between_hidden_states, lost_between_matrices
 from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
@@ -13,7 +12,7 @@ from engines.settings.first_order import (
     CompiledBlockSettings,
     NativeSettings,
 )
-from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 ADAM_PASSES = 7
 """Fused AdamW reads weight, gradient and two moments and writes all but the gradient."""
@@ -51,30 +50,24 @@ PIECES_BYTES = 80_000_000
 """Places that are cut in pieces in the pool of a captured step, whatever the model's size: as many as torch
 leaves in its ordinary pool (`profiles.planning.budget.ALLOCATOR_BYTES`), since the two share none."""
 
-MARGIN, MARGIN_CAPTURED, MARGIN_COUNTED, MARGIN_OFFLOADED = 0.06, 0.05, 0.04, 0.03
+MARGIN, MARGIN_CAPTURED, MARGIN_COUNTED, MARGIN_OFFLOADED = 0.06, 0.05, 0.03, 0.03
 """What memory that is needed may exceed its prediction by. Of ten edges of captured steps on H200s one needs
-between 1 % less and 5 % more, the others up to 2.5 % more; nine that are not captured, whose segments are
-counted, between 2 % less and 3 % more; jobs of `exact-offload` and `lsp`, to which torch gives back what
+between 1 % less and 5 % more, the others up to 2.5 % more; of those that are not captured, whose segments are
+counted, 38 ran out of memory, with 1.5 % less than is predicted or more, but for one that made its moments
+in its first step, as engines do no more; jobs of `exact-offload` and `lsp`, to which torch gives back what
 earlier moments left, ran with at most 3.6 % more in use (`tests/studies/prediction_grid_h200`)."""
 
 SPARE = 0.03
-"""What plans leave of the GPU beside that. Of 15 runs of `native` that were called fitting at limits which
-nobody had looked at none ran out of memory (`tests/studies/prediction_grid_h200_morning`, `_second_morning`);
-of twelve the night before three did, which needed up to 6 % more, most of it in `MARGIN` now. Other methods
-missed by more there (`lora` by up to 21 %) or have no such runs, and leave a tenth."""
+"""What plans leave of the GPU beside that. Of 16 runs of `native` that were called fitting at limits which
+nobody had looked at none ran out of memory (`tests/studies/prediction_grid_h200_morning` and the two mornings
+beside it); of twelve the night before three did, which needed up to 6 % more, most of it in `MARGIN` now.
+Other methods missed by more there (`lora` by up to 21 %) or have no such runs, and leave a tenth."""
 
 UNSHARED = 0.5
 """Of what is there at different moments and might share places, how much does not, where passes are not
 captured and an engine has tensors of other sizes than the weights': 0.3 to 0.8 in eleven jobs on H200s. torch
 gives it back before memory runs out: the edges of `exact-offload` ran without
 (`tests/studies/prediction_grid_h200`)."""
-
-SMALL_BYTES, LARGE_BYTES, SEGMENT_BYTES, ROUND_BYTES = 1 << 20, 10 << 20, 20 << 20, 2 << 20
-"""torch's allocator (`c10/cuda/CUDACachingAllocator`): tensors up to the first share segments of their own,
-below the second they are cut from segments of the third, above that they have whole ones of the fourth."""
-
-KEPT_HIDDEN_STATES = 8
-"""Tensors of the size of a hidden state that a compiled block keeps."""
 
 
 def block_passes(shape: ModelShape, workload: Workload, settings: CompiledBlockSettings) -> BlockPasses:
@@ -147,29 +140,33 @@ def training_memory(
     held: dict[str, int],
     gradients: int,
     passes: BlockPasses | None = None,
-    tensors_of_a_matrix: int = 0,
+    tensors_of_a_matrix: int | None = None,
     more_between: int = 0,
     more_in_block: int = 0,
+    more_again: int = 0,
 ) -> GpuMemory:
     """GPU memory of a step, and what torch's allocator takes beside.
 
     `held` is there throughout; `gradients` are freed between steps, but not between micro-batches: a CUDA
     graph writes them anew in each step, where activations lay before. `passes`: eager ones unless given.
-    `tensors_of_a_matrix`: how many of its size and precision there are, itself among them; 0: not known.
-    `more_between`: what a hidden state between two blocks has beside its size in the workload's precision,
-    `more_in_block` what a method has in a block whose backward pass runs.
+    `tensors_of_a_matrix`: how many of its size and precision there are, itself among them; 0: its form fills
+    segments; `None`: not known. `more_between`: what a hidden state between two blocks has beside its size in
+    the workload's precision, `more_in_block` what a method has in a block whose backward pass runs, and
+    `more_again` beside that in one that runs again.
     """
     how = passes or BlockPasses.eager(shape, workload)
     moments = _moments(shape, workload, held, gradients, how)
     if how.compiled and not how.captured:  # a capture comes after the steps in which kernels are made
         whole = how.loss_compiled and how.loss_tokens is None and shape.head == "causal_lm"
         moments[0]["scratch"] = loss.TUNING_BYTES if whole else 0
-        moments[1]["scratch"] = loss.TUNING_BYTES
-    between_blocks = min(how.recomputed, shape.num_blocks) * more_between
-    for moment, more in zip(moments, (0, more_in_block, more_in_block), strict=False):
+        for moment in moments[1:3]:
+            moment["scratch"] = loss.TUNING_BYTES
+    recomputed = min(how.recomputed, shape.num_blocks)
+    again = more_in_block + (more_again if recomputed else 0)
+    for moment, more in zip(moments, (0, more_in_block, again, again), strict=False):
         moment["activations"] += more
-    for moment in moments[:2]:
-        moment["activations"] += between_blocks
+    for moment in moments[:3]:
+        moment["activations"] += recomputed * more_between
     between = lost_between_hidden_states(shape, workload, moments[0]["activations"])
     if how.captured:
         pool = int(POOL_SHARE * (moments[0]["activations"] + moments[0]["logits"]))
@@ -179,9 +176,9 @@ def training_memory(
         with_left = [sum(each.values()) + more for each, more in zip(moments, left, strict=True)]
         apart = max(with_left) - sum(transformer.peak_moment(moments).values()) + PIECES_BYTES
         returned, margin = 0, MARGIN_CAPTURED
-    elif tensors_of_a_matrix:
+    elif tensors_of_a_matrix is not None:
         apart = between + tensors_of_a_matrix * lost_between_matrices(shape, workload.dtype)
-        returned, margin = 0, MARGIN_COUNTED
+        returned, margin = 0 if tensors_of_a_matrix else between, MARGIN_COUNTED
     else:
         apart = returned = int(UNSHARED * transformer.apart_bytes(moments))
         margin = MARGIN
@@ -198,9 +195,9 @@ def training_memory(
 def _moments(
     shape: ModelShape, workload: Workload, held: dict[str, int], gradients: int, how: BlockPasses
 ) -> list[dict[str, int]]:
-    """Bytes by kind at the loss; in the first block that runs again in the backward pass, while the inputs of
-    all of them are there; in the first block of the model, when all others have their gradients; and where a
-    tied embedding's gradient is made."""
+    """Bytes by kind at the loss; in the last block, while what all blocks keep is there; in the first block
+    that runs again in the backward pass, while the inputs of all of them are; in the first block of the
+    model, when all others have their gradients; and where a tied embedding's gradient is made."""
     of_head = BYTES_PER_ELEMENT[workload.dtype] * shape.head_parameters
     of_head = of_head if gradients >= of_head else 0
     early = gradients if workload.accumulation > 1 else 0
@@ -212,10 +209,10 @@ def _moments(
     # Of an eager block more is counted as kept than is there at once.
     wide = transformer.wide_gradient_bytes(shape, workload) if how.compiled else 0
     recomputed = min(how.recomputed, shape.num_blocks)
-    done, in_backward = 0, saved + hidden
+    done, again = 0, saved + hidden
     if recomputed:
         done = gradients * (shape.num_blocks - recomputed) // shape.num_blocks
-        in_backward = recomputed * hidden + of_block
+        again = recomputed * hidden + of_block
     own = gradients * shape.block_parameters // max(1, shape.parameters)
     at_loss = {
         **held,
@@ -225,8 +222,14 @@ def _moments(
     }
     in_last = {
         **held,
+        "gradients": max(early, min(gradients, of_head)),
+        "activations": saved + hidden + wide,
+        "logits": 0,
+    }
+    in_again = {
+        **held,
         "gradients": max(early, min(gradients, done + of_head)),
-        "activations": in_backward + wide,
+        "activations": again + wide,
         "logits": 0,
     }
     in_first = {
@@ -243,50 +246,10 @@ def _moments(
         # Of a tied head and embedding each makes its own, and their sum is a third.
         "scratch": 2 * of_head if shape.tied else 0,
     }
-    return [at_loss, in_last, in_first, at_embedding]
+    return [at_loss, in_last, in_again, in_first, at_embedding]
 
 
 def workspaces(passes: BlockPasses | None) -> int:
     """Of products: of the thread that runs forward passes and of the one of backward passes, and the same
     again on the stream on which they are captured."""
     return 4 if passes is not None and passes.captured else 2
-
-
-def lost_between_matrices(shape: ModelShape, dtype: Dtype) -> int:
-    """GPU memory that torch's allocator takes for the matrices of all blocks and cannot give to others:
-    tensors of 1 to 10 MiB are cut from segments of 20 MiB, larger ones have segments of whole 2 MiB. Of
-    OPT-1.3B in bf16 8 % (matrices of 8 MiB), of OPT-350M nothing (2 and 8 MiB)."""
-    sizes = [matrix.parameters * BYTES_PER_ELEMENT[dtype] for matrix in shape.matrices]
-    return _segments_of(tuple(sizes), shape.num_blocks) - shape.num_blocks * sum(sizes)
-
-
-@cache
-def _segments_of(sizes: tuple[int, ...], times: int) -> int:
-    """Bytes of the segments that torch's allocator takes for tensors of these sizes, so many times over, each
-    in the smallest place that is free and large enough."""
-    taken = 0
-    free: list[int] = []
-    for size in times * sizes:
-        if size <= SMALL_BYTES:
-            taken += size
-            continue
-        place = min((each for each in free if each >= size), default=0)
-        if place:
-            free.remove(place)
-        else:
-            place = SEGMENT_BYTES if size < LARGE_BYTES else -(-size // ROUND_BYTES) * ROUND_BYTES
-            taken += place
-        if place - size > SMALL_BYTES:
-            free.append(place - size)
-    return taken
-
-
-def lost_between_hidden_states(shape: ModelShape, workload: Workload, activations: int) -> int:
-    """The same of the hidden states among `activations` bytes that a block keeps: of each segment what is
-    left when no whole one fits any more."""
-    hidden = workload.hidden_bytes(shape)
-    if not SMALL_BYTES < hidden <= SEGMENT_BYTES // 2:
-        return 0
-    unused = 1 - SEGMENT_BYTES // hidden * hidden / SEGMENT_BYTES
-    block = transformer.block_activation_bytes(shape, workload, compiled=True)
-    return int(unused * activations * min(1.0, KEPT_HIDDEN_STATES * hidden / block))

@@ -35,26 +35,35 @@ from tests.studies.prediction_grid import (
     text_of,
 )
 
-WHEN = ("", "_evening", "_night", "_midnight", "_second_night", "_morning", "_second_morning")
+WHEN = (
+    "",
+    "_evening",
+    "_night",
+    "_midnight",
+    "_second_night",
+    "_morning",
+    "_second_morning",
+    "_third_morning",
+)
 FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
 """Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
 README of the first says."""
 
-CELLS = 332
-RAN_OUT = 92
+CELLS = 359
+RAN_OUT = 101
 """Of memory."""
 NOW = {
     "step": (39, 0.0385, 0.1131),
-    "reserved GPU memory": (159, 0.0323, 0.0872),
-    "host memory": (62, 0.0175, 0.0400),
+    "reserved GPU memory": (177, 0.0290, 0.0825),
+    "host memory": (66, 0.0182, 0.0404),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
-UNFIT_BUT_RAN = 7
-"""Runs of 110 that would be refused today with as much memory as they had, or with a twentieth more (5 of 91
-before two folders joined)."""
+UNFIT_BUT_RAN = 6
+"""Runs of 128 that would be refused today with as much memory as they had, or with a twentieth more (7 of 110
+before a folder joined)."""
 
 
 @cache
@@ -130,7 +139,7 @@ def test_native_called_fitting_at_new_limits_ran() -> None:
         and record.job["limits"]["vram_bytes"]
         and record.plan.fits
     ]
-    assert len(ends) == 15
+    assert len(ends) == 16
     assert set(ends) == {"ok"}
 
 
@@ -188,4 +197,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 159 |" in done.stdout
+    assert "| reserved GPU memory | 177 |" in done.stdout

@@ -18,6 +18,7 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama,
 
 from engines.costs import loss, mezo, transformer
 from engines.costs.lsp import core_elements, core_size, projection_bytes
+from engines.costs.memory.segments import lost_in_places
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
@@ -116,6 +117,51 @@ def test_adapters_take_what_the_allocator_was_seen_to_hold(
     recomputed = shape.num_blocks - (model == "roberta-base")
     found = cost(engine, shape, workload, checkpointed_blocks=recomputed, **settings)
     assert found.peak_gpu_bytes == pytest.approx(peak_mb * 1e6, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "tokens", "recomputed", "settings", "peak_mb"),
+    [
+        ("qwen2.5-0.5b", 8, 1024, 24, {"loss_tokens": 256}, 2516),
+        ("roberta-base", 32, 256, 10, {}, 1179),
+    ],
+)
+def test_adapters_take_no_less_than_ran_out(
+    model: str, batch: int, tokens: int, recomputed: int, settings: dict[str, Any], peak_mb: int
+) -> None:
+    """What two jobs on an H200 had and asked for when memory ended, workspaces left out: in a gated block
+    that the compiler runs again, and in the last of blocks that keep their activations."""
+    workload = Workload(batch_size=batch, seq_len=tokens, dtype="bf16", checkpointing=True)
+    given = {"graphs": False, "checkpointed_blocks": recomputed, **settings}
+    found = cost("lora", named_shape(model), workload, **given).peak_gpu_bytes / 1e6
+    assert 0.98 * peak_mb < found < 1.1 * peak_mb
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "tokens", "d", "peak_mb"),
+    [
+        ("opt-350m", 8, 512, 128, 1363),
+        ("opt-1.3b", 4, 512, 256, 1825),
+        ("qwen2.5-1.5b", 2, 1024, 384, 3639),
+    ],
+)
+def test_streamed_lsp_has_logits_and_their_gradient(
+    model: str, batch: int, tokens: int, d: int, peak_mb: int
+) -> None:
+    """What torch had allocated at most in three jobs on an H200, workspaces left out."""
+    workload = Workload(batch_size=batch, seq_len=tokens, dtype="bf16", checkpointing=True)
+    found = cost("lsp", named_shape(model), workload, d=d, r=4, weights="streamed")
+    assert found.peak_gpu_bytes == pytest.approx(peak_mb * 1e6, rel=0.02)
+
+
+def test_what_comes_to_stay_cuts_free_places() -> None:
+    """Of the places of logits and their gradient one has an embedding's gradient and moments; of two that are
+    too small for a second tensor each has one; what fills its place leaves nothing."""
+    mib = 1 << 20
+    assert lost_in_places([1200 * mib] * 2, [260 * mib] * 3) == (1200 - 3 * 260) * mib
+    assert lost_in_places([600 * mib] * 2, [450 * mib] * 3) == 2 * 150 * mib
+    assert lost_in_places([200 * mib] * 2, [200 * mib] * 3) == 0
+    assert lost_in_places([200 * mib] * 2, [201 * mib] * 3) == 0
 
 
 def test_a_classification_head_sees_one_position_per_sequence() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from engines.costs.native import lost_between_matrices
+from engines.costs.memory.segments import lost_between_matrices
 from engines.costs.table import traffic
 from engines.costs.transformer import (
     attention_longer_flops,
