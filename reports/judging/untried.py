@@ -12,6 +12,7 @@ from engines.shapes import Dtype, ModelShape
 from harness.models.configs import NAMED_SHAPES
 from harness.pipeline import plan_job
 from harness.records.job import DataSource
+from harness.records.manifest import CRITERIA_FILE
 from harness.resolve import resolve_shape
 from profiles.planning.plan import Plan
 from reports.criteria import Metric
@@ -114,7 +115,8 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
         if metric in _OF_TIME and any(run.emulation is not None for run in rounds.ok):
             return _again("measured")
         if metric in _OF_JOB and padded_to(rounds) is not None:
-            return _again("longest", f"--padding longest {method_flags(all_.engines)}")
+            flags = f"--padding longest {method_flags(all_.engines)} --criteria {CRITERIA_FILE}"
+            return _again("longest", flags)  # they say how much is trained
         if metric in _NEED_YARDSTICK and not all_.of(YARDSTICK).ok:
             if YARDSTICK in untried.refusing:  # side by side in one that both take
                 both = method_flags([YARDSTICK, *all_.engines])

@@ -691,6 +691,7 @@ def test_a_deadline_is_not_missed_by_steps_that_were_padded() -> None:
     assert late.rows[0].note is not None
     assert late.rows[0].note.startswith("steps were padded to 64 tokens")
     assert "--padding longest" in late.next_command
+    assert "--criteria criteria.toml" in late.next_command
     assert any("Every sequence was padded to 64 tokens, which is 60 %" in each for each in late.warnings)
     assert judged(2).rows[0].outcome == "fail"  # less than 0.4 squared of it
     as_run = judged(10, padding="longest")
