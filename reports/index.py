@@ -4,7 +4,7 @@ Longer than 400 lines: the columns of two tables, each read as one list."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -44,7 +44,7 @@ from reports.format import (
 )
 from reports.load import Broken, Loaded, engine_order, load_folder
 from reports.messages import say
-from reports.metrics import Measurements, ends, floor_share, group, largest, typical
+from reports.metrics import NOTHING_LEARNED, Measurements, ends, floor_share, group, largest, typical
 from reports.render import markdown_text
 from reports.sharing.public_page import PAGES, public_page, public_rows
 from reports.studies.read import ABOUT, is_study
@@ -69,6 +69,10 @@ class IndexRow(Protocol):
 
     @property
     def began(self) -> str: ...
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a run of it says something of its method, if only that it does not fit."""
 
 
 IndexRowT = TypeVar("IndexRowT", bound=IndexRow)
@@ -95,6 +99,10 @@ class Published:
     @property
     def subject(self) -> tuple[object, ...]:
         return self.model, self.job, self.machine, self.variant, self.engine, self.traced
+
+    @property
+    def is_told(self) -> bool:
+        return _says_something(self.rounds.runs)
 
 
 def write_index(folder: Path, on_broken: Callable[[Broken], None] = lambda broken: None) -> tuple[Path, Path]:
@@ -202,11 +210,17 @@ def variant(run: Run) -> str:
     return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
 
 
+def _says_something(runs: Iterable[Run]) -> bool:
+    return any(run.end_state not in NOTHING_LEARNED for run in runs)
+
+
 def newest(found: Sequence[IndexRowT]) -> list[IndexRowT]:
-    """Of those that measure the same, the latest. In the order of `found`."""
+    """Of those that measure the same, the latest, and before one that was stopped from outside an earlier one
+    that was not. In the order of `found`."""
     latest: dict[tuple[object, ...], IndexRowT] = {}
     for each in found:
-        if (before := latest.get(each.subject)) is None or before.began <= each.began:
+        before = latest.get(each.subject)
+        if before is None or (before.is_told, before.began) <= (each.is_told, each.began):
             latest[each.subject] = each
     return [each for each in found if latest[each.subject] is each]
 
@@ -344,6 +358,10 @@ class Generated:
     @property
     def began(self) -> str:
         return self.run.time
+
+    @property
+    def is_told(self) -> bool:
+        return _says_something([self.run])
 
     @property
     def sequences(self) -> int:

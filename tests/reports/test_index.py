@@ -13,7 +13,7 @@ from engines.base import LinkRates
 from engines.decoding import Sampling
 from engines.errors import UserError
 from harness.cli.app import app
-from harness.records.run import Emulation, Run
+from harness.records.run import Emulation, EndState, Run
 from profiles.documents import to_json
 from reports.index import ABOUT, newest, overview, published, published_folders, write_index
 from run_records import cpu_runs, make_breakdown, make_plan, make_run, make_sweep, make_test_job, write_folder
@@ -97,6 +97,23 @@ def test_the_newest_of_the_same_is_drawn(tmp_path: Path) -> None:
     assert [(each.folder, each.engine) for each in newest(found)] == [
         ("a", "lsp"), ("a", "zo2"), ("b", "native"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("end_state", "taken"), [("interrupted", "a"), ("not_available", "a"), ("oom_gpu", "b")]
+)
+def test_what_was_stopped_from_outside_takes_no_place(
+    tmp_path: Path, end_state: EndState, taken: str
+) -> None:
+    """That a method does not fit any more does."""
+    early = replace(make_run("lsp"), time="2026-11-01T00:00:00+00:00")
+    late = replace(make_run("lsp", end_state=end_state), time="2026-12-01T00:00:00+00:00")
+    found = [
+        *published(write_folder(tmp_path / "a", [early])),
+        *published(write_folder(tmp_path / "b", [late])),
+    ]
+    assert [each.folder for each in newest(found)] == [taken]
+    assert [each.folder for each in newest(found[::-1])] == [taken]
 
 
 def test_what_was_measured_again_is_folded_away(tmp_path: Path) -> None:
