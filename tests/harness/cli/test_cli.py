@@ -400,7 +400,9 @@ def test_data_that_no_run_takes_is_found_before_the_probe_and_the_runs(
     Path("text.txt").write_text("short\n")
     Path("block.txt").write_text("x" * 64)
     tiny = ("--model", "tiny-llama", "--random-weights", "--seq-len", "64")
-    said = one_line(call(command, *tiny, "--data", data, *flags, "--out", tmp_path / "out"))
+    done = call(command, *tiny, "--data", data, *flags, "--out", tmp_path / "out")
+    # Said where it takes longer than a moment, as with the first import of transformers.
+    said = one_line(replace(done, err=done.err.removeprefix(f"reading {data} ...\n")))
     assert words in said
     assert not (tmp_path / "out").exists()
 
