@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import subprocess
 import sys
@@ -333,6 +334,8 @@ class FakeStream:
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHost]:
     """A GPU of 64 MiB made of host memory. Shows that the path holds together, not that it measures."""
+    # Before there seems to be a GPU: what it imports in its turn, such as torchao, would use it.
+    importlib.import_module("transformers.models.llama.modeling_llama")
     replays, uses = itertools.count(), itertools.count()
     device = nvml.NvmlDevice(
         SimpleNamespace(
