@@ -28,7 +28,8 @@ from harness.pipeline import plan_job
 from harness.records.job import load_job
 from harness.resolve import resolve_shape
 from profiles.machine import load_machine
-from reports.index import ABOUT, published_folders, write_index
+from reports.index import ABOUT, write_index
+from reports.sharing.published import published_folders
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("engines", "harness", "profiles", "reports", "tests")

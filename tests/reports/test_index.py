@@ -15,7 +15,8 @@ from engines.errors import UserError
 from harness.cli.app import app
 from harness.records.run import Emulation, EndState, Run
 from profiles.documents import to_json
-from reports.index import ABOUT, newest, overview, published, published_folders, write_index
+from reports.index import ABOUT, overview, write_index
+from reports.sharing.published import newest, published, published_folders
 from run_records import cpu_runs, make_breakdown, make_plan, make_run, make_sweep, make_test_job, write_folder
 
 JOB = "2 x 512 bf16, 22.4 GiB of GPU memory"
