@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engines.costs import transformer
+from engines.costs.memory import activations
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.resources.traffic import Traffic
 from engines.costs.transformer import BlockPasses
@@ -127,7 +128,7 @@ def _traffic(
             layer = layer._replace(gpu_backward_flops=layer.gpu_backward_flops / 2)
         layers.append(layer)
     total = shape.num_blocks * adapters
-    kept = transformer.saved_activation_bytes(shape, workload, how)
+    kept = activations.saved_activation_bytes(shape, workload, how)
     kept -= min(how.recomputed, shape.num_blocks) * workload.hidden_bytes(shape)
     rest = shape.parameters - shape.matrix_parameters
     return Traffic(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.costs import transformer
+from engines.costs.memory import activations
 from engines.costs.mezo import adapter_parameters
 from engines.costs.quantized import block_bytes
 from engines.costs.resources import disk
@@ -184,9 +185,9 @@ def _gpu_memory_bytes(
     }
     in_block = {
         **kept,
-        "activations": 2 * hidden + transformer.forward_activation_bytes(shape, prefill) + masked,
+        "activations": 2 * hidden + activations.forward_activation_bytes(shape, prefill) + masked,
         "logits": 0,
     }
     at_head = {**kept, "activations": 3 * hidden, "logits": _logits_bytes(shape, decoding)}
     decoding_step = {**kept, "activations": repeated, "logits": 0}
-    return transformer.peak_moment([in_block, at_head, decoding_step])
+    return activations.peak_moment([in_block, at_head, decoding_step])

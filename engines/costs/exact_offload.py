@@ -33,6 +33,7 @@ from dataclasses import replace
 
 from engines.costs import loss, transformer
 from engines.costs.lsp import NORM_BYTES
+from engines.costs.memory import activations
 from engines.costs.memory.trial import with_trial
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
@@ -248,7 +249,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         "gradients": slots * element * shape.block_parameters,
     }
     passes = _passes(shape, workload, settings)
-    saved = workload.accumulation * transformer.saved_activation_bytes(shape, workload, passes)
+    saved = workload.accumulation * activations.saved_activation_bytes(shape, workload, passes)
     between = workload.accumulation * workload.hidden_bytes(shape)
     # One goes down, one is used, one comes up.
     recomputed = min(passes.recomputed, shape.num_blocks)
@@ -257,9 +258,9 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     made = element * shape.block_parameters  # before they are added to the slot
     in_backward = 0
     if passes.recomputed or passes.keeps_products:
-        in_backward = transformer.block_activation_bytes(shape, workload, compiled=passes.compiled)
+        in_backward = activations.block_activation_bytes(shape, workload, compiled=passes.compiled)
     if passes.recomputed == 0 and passes.keeps_products:  # what lies between the products
-        in_backward = max(0, in_backward - transformer.product_activation_bytes(shape, workload))
+        in_backward = max(0, in_backward - activations.product_activation_bytes(shape, workload))
     logits = loss.logits_bytes(shape, workload, compiled=passes.compiled)
     tuning = loss.TUNING_BYTES if passes.compiled else 0
     of_head = 0 if on_gpu else element * shape.head_parameters
@@ -286,8 +287,8 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    apart = int(UNSHARED * transformer.apart_bytes(kinds))
-    most, apart, returned = with_trial(shape, workload, transformer.peak_moment(kinds), 0, apart)
+    apart = int(UNSHARED * activations.apart_bytes(kinds))
+    most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), 0, apart)
     return GpuMemory(
         gpu_memory_bytes=most,
         gpu_apart_bytes=apart,

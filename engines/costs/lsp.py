@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engines.costs import loss, transformer
+from engines.costs.memory import activations
 from engines.costs.memory.segments import lost_in_places
 from engines.costs.memory.trial import with_trial
 from engines.costs.native import (
@@ -216,7 +217,7 @@ def _pool_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) ->
     it between blocks or in the steps that test projectors, which run without graphs."""
     if not lsp_passes(shape, workload, settings).captured:
         return 0
-    return transformer.backward_activation_bytes(shape, workload)
+    return activations.backward_activation_bytes(shape, workload)
 
 
 def core_moment_bytes(settings: LspSettings) -> int:
@@ -343,12 +344,12 @@ def _gpu_memory(
         held["cores"] += 4 * (1 if settings.block_major else shape.num_blocks) * core
     # Steps that test projectors are not compiled, and keep more.
     passes = replace(block_passes(shape, workload, settings), compiled=False)
-    saved = transformer.saved_activation_bytes(shape, workload, passes)
+    saved = activations.saved_activation_bytes(shape, workload, passes)
     again = 0
     if settings.block_major:
         saved = workload.accumulation * (saved + workload.hidden_bytes(shape))
         if passes.recomputed:
-            again = transformer.block_activation_bytes(shape, workload)
+            again = activations.block_activation_bytes(shape, workload)
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
         workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
@@ -365,12 +366,12 @@ def _gpu_memory(
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    apart, lost = transformer.apart_bytes(kinds), 0
+    apart, lost = activations.apart_bytes(kinds), 0
     if settings.block_major:  # a block's passes find the places that the logits have left
         apart = int(UNSHARED * apart)
         lost = _lost_to_moments(shape, workload, settings)
     stays = lost + _pool_bytes(shape, workload, settings)
-    most, apart, returned = with_trial(shape, workload, transformer.peak_moment(kinds), stays, apart)
+    most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
     return GpuMemory(
         gpu_memory_bytes=most,
         gpu_apart_bytes=apart,

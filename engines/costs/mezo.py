@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.costs import loss, transformer
+from engines.costs.memory import activations
 from engines.costs.quantized import block_bytes
 from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic
 from engines.settings.zeroth_order import MezoSettings
@@ -313,7 +314,7 @@ def graph_pool_bytes(shape: ModelShape, workload: Workload, settings: MezoSettin
     if not transformer.runs_as_graphs(shape, workload):
         return 0
     sides = 1 if settings.is_one_sided else 2
-    return sides * transformer.forward_pool_bytes(shape, workload)
+    return sides * activations.forward_pool_bytes(shape, workload)
 
 
 def gpu_memory(
@@ -352,7 +353,7 @@ def gpu_memory(
     in_block = {
         **kept,
         "scratch": scratch,
-        "activations": hidden + (2 - one_sided) * transformer.forward_activation_bytes(shape, workload),
+        "activations": hidden + (2 - one_sided) * activations.forward_activation_bytes(shape, workload),
         "logits": 0,
     }
     at_head, without_triton = (
@@ -372,8 +373,8 @@ def gpu_memory(
         apart = max(0, beside - max(sum(in_block.values()), sum(at_head.values())))
     # Before anything is filled the blocks are tried on stand-ins (`engines.model.stand_ins`), in fp32.
     trial = {"trial": 4 * shape.largest_tensor + TRIAL_BYTES}
-    peak = transformer.peak_moment([in_block, at_head, trial])
-    more = sum(transformer.peak_moment([in_block, without_triton, trial]).values()) - sum(peak.values())
+    peak = activations.peak_moment([in_block, at_head, trial])
+    more = sum(activations.peak_moment([in_block, without_triton, trial]).values()) - sum(peak.values())
     return GpuMemory(
         gpu_memory_bytes=peak,
         gpu_apart_bytes=int(apart),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engines.costs import loss, transformer
+from engines.costs.memory import activations
 from engines.costs.memory.segments import lost_between_hidden_states, lost_between_matrices
 from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic
 from engines.costs.transformer import BlockPasses
@@ -174,16 +175,16 @@ def training_memory(
         left = [int(LEFT_BY_FIRST_STEPS * (each.get("optimizer", 0) + each["gradients"])) for each in moments]
         left[0] = max(pool, left[0]) + between
         with_left = [sum(each.values()) + more for each, more in zip(moments, left, strict=True)]
-        apart = max(with_left) - sum(transformer.peak_moment(moments).values()) + PIECES_BYTES
+        apart = max(with_left) - sum(activations.peak_moment(moments).values()) + PIECES_BYTES
         returned, margin = 0, MARGIN_CAPTURED
     elif tensors_of_a_matrix is not None:
         apart = between + tensors_of_a_matrix * lost_between_matrices(shape, workload.dtype)
         returned, margin = 0 if tensors_of_a_matrix else between, MARGIN_COUNTED
     else:
-        apart = returned = int(UNSHARED * transformer.apart_bytes(moments))
+        apart = returned = int(UNSHARED * activations.apart_bytes(moments))
         margin = MARGIN
     return GpuMemory(
-        gpu_memory_bytes=transformer.peak_moment(moments),
+        gpu_memory_bytes=activations.peak_moment(moments),
         gpu_apart_bytes=apart,
         gpu_returned_bytes=returned,
         gpu_margin=margin,
@@ -203,11 +204,11 @@ def _moments(
     early = gradients if workload.accumulation > 1 else 0
     if how.loss_tokens is not None and shape.head == "causal_lm":
         early = max(early, of_head)  # which a loss in chunks makes with the logits
-    saved = transformer.saved_activation_bytes(shape, workload, how)
+    saved = activations.saved_activation_bytes(shape, workload, how)
     hidden = workload.hidden_bytes(shape)
-    of_block = transformer.backward_activation_bytes(shape, workload, compiled=how.compiled)
+    of_block = activations.backward_activation_bytes(shape, workload, compiled=how.compiled)
     # Of an eager block more is counted as kept than is there at once.
-    wide = transformer.wide_gradient_bytes(shape, workload) if how.compiled else 0
+    wide = activations.wide_gradient_bytes(shape, workload) if how.compiled else 0
     recomputed = min(how.recomputed, shape.num_blocks)
     done, again = 0, saved + hidden
     if recomputed:

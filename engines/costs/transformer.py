@@ -1,16 +1,13 @@
-"""What every method pays: floating-point operations and activations of a transformer; `loss` beside this
-module has the memory of its logits.
+"""What every method pays: floating-point operations of a transformer, and what starts them. Its activations
+are in `memory.activations`, its logits in `loss`.
 
 Counts follow Korthikanti et al. (2205.05198) and hold for any Hugging Face model of the shape. A layer
 is the embedding, one block or the head; counts are per optimizer step, all micro-batches together,
 unless said otherwise.
-
-Longer than 400 lines: constants stand beside what they count, and every method's costs rest on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.costs import loss
@@ -103,9 +100,6 @@ HEAD_LAUNCHES = 12
 CHUNK_LAUNCHES = 3
 """The head for one side, chunk of the vocabulary and chunk of the tokens, in launches: the product, the
 running log-sum-exp, and the Python around them. Counted in `engines.zeroth_order.chunked_loss`."""
-
-ATTENTION_PLACES = 5
-"""Tensors of the size of a hidden state that attention has at once."""
 
 PROCESS_HOST_BYTES = 1_700_000_000
 """Host memory of Python with torch and CUDA loaded: what native runs held on an H200 machine."""
@@ -333,104 +327,8 @@ def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> 
     return [LayerTraffic(name="embedding"), *blocks, head]
 
 
-def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:
-    """What one block keeps for its backward pass, one micro-batch, attention without its score matrix.
-
-    At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
-    12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention, 4
-    bytes per head and token. Of a plain block 26 h where its activation keeps its result alone, as OPT's
-    ReLU does and GELU does not. Compiled regions keep what products and attention need and compute most of
-    the rest again: 16 h + 4 h_kv + 5 f, and of a plain block as much as others. (The peaks of native and
-    LoRA at 1.3B, and of Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f,
-    which a compiler needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager
-    PyTorch keeps three results more, 24 h.
-    """
-    tokens = workload.batch_size * workload.seq_len
-    if shape.gated_mlp:
-        kv = shape.hidden * shape.num_kv_heads / max(1, shape.num_heads)
-        own, wide = (16, 5) if compiled else (20, 8)
-        per_token = own * shape.hidden + 4 * kv + wide * shape.intermediate
-    else:
-        kept = 26 + 8 * (shape.family != "opt") + 24 * (has_long_activation(shape) and not compiled)
-        per_token = kept * shape.hidden
-    scale = BYTES_PER_ELEMENT[workload.dtype] / 2
-    return int(tokens * (per_token * scale + 4 * shape.num_heads))
-
-
-def product_activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """What one block keeps where it keeps its input and what its products and attention give, one
-    micro-batch: at 2 bytes a value 8 h + 4 h_kv + 4 f of a gated block, 12 h + 2 f of a plain one, and the
-    log-sum-exp of attention. The last product's is needed by nobody. Without a compiler it is kept as well,
-    2 h more, which is not counted: it leaves the block as the next one's input."""
-    kv = shape.hidden
-    if shape.gated_mlp:
-        kv = shape.hidden * shape.num_kv_heads // max(1, shape.num_heads)
-    wide = 4 if shape.gated_mlp else 2
-    per_token = (
-        (8 * shape.hidden + 4 * kv + wide * shape.intermediate) * BYTES_PER_ELEMENT[workload.dtype] // 2
-    )
-    return workload.batch_size * workload.seq_len * (per_token + 4 * shape.num_heads)
-
-
-def saved_activation_bytes(shape: ModelShape, workload: Workload, passes: BlockPasses | None = None) -> int:
-    """What all blocks keep until the backward pass of one micro-batch. `passes`: eager ones unless given."""
-    how = passes or BlockPasses.eager(shape, workload)
-    recomputed = min(how.recomputed, shape.num_blocks)
-    of_kept = block_activation_bytes(shape, workload, compiled=how.compiled)
-    if how.keeps_products:
-        of_kept = min(of_kept, product_activation_bytes(shape, workload))
-    return recomputed * workload.hidden_bytes(shape) + (shape.num_blocks - recomputed) * of_kept
-
-
-def backward_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:
-    """Activations while the last gradients are made: those of one block, recomputed or kept."""
-    return workload.hidden_bytes(shape) + block_activation_bytes(shape, workload, compiled=compiled)
-
-
-def wide_gradient_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Gradients of the wide states of a block's feed-forward part that are there beside all that it keeps: of
-    the last product's input, in a gated block of both its factors."""
-    wide = 2 if shape.gated_mlp else 1
-    width = wide * shape.intermediate
-    return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
-
-
-def forward_activation_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Transient activations of one forward pass without a backward pass, beside the block's input: inside the
-    feed-forward part, where the residual and the norm's result are there with the widened states, before and
-    after the activation and, in a gated block, the gate's partner."""
-    wide = 3 if shape.gated_mlp else 2 + 3 * has_long_activation(shape)
-    width = 2 * shape.hidden + wide * shape.intermediate
-    return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
-
-
-def forward_pool_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Places of all tensors that one forward pass of a block makes, where none is joined to another: five of
-    attention's (the norm's result, queries, keys, values, and what they come to; residuals take one of them
-    later) and the wide ones of the feed-forward part. Sixteen jobs of mezo and zo2 on H200s
-    (`tests/studies/prediction_grid_h200`) had room for it twice, and no more."""
-    wide = 3 if shape.gated_mlp else 2 + 2 * has_long_activation(shape)
-    width = ATTENTION_PLACES * shape.hidden + wide * shape.intermediate
-    return workload.batch_size * workload.seq_len * width * BYTES_PER_ELEMENT[workload.dtype]
-
-
 def normalizes_last(shape: ModelShape) -> bool:
     """Whether a block's last operation is its norm, as in BERT's family and OPT-350M."""
     if shape.family == "opt":
         return shape.predicts_tokens and shape.head_parameters != shape.vocabulary * shape.hidden
     return shape.family in ENCODER_FAMILIES and shape.family != "modernbert"
-
-
-def peak_moment(moments: Sequence[dict[str, int]]) -> dict[str, int]:
-    """The moment of a step that holds most memory; its kinds add up to the peak."""
-    return max(moments, key=lambda kinds: sum(kinds.values()))
-
-
-def apart_bytes(moments: Sequence[dict[str, int]]) -> int:
-    """What the peaks of all kinds come to beside the peak of all: the allocator's need where kinds that are
-    there at different moments have no place in common. Eager steps come close to it: gradients leave many
-    small places, and logits need few large ones."""
-    kinds = {kind for moment in moments for kind in moment}
-    return sum(max(moment.get(kind, 0) for moment in moments) for kind in kinds) - sum(
-        peak_moment(moments).values()
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from engines.costs import transformer
+from engines.costs.memory import activations
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
 
 SMALL_BYTES, LARGE_BYTES, SEGMENT_BYTES, ROUND_BYTES = 1 << 20, 10 << 20, 20 << 20, 2 << 20
@@ -60,12 +60,12 @@ def lost_in_places(places: Sequence[int], sizes: Sequence[int]) -> int:
     return sum(left for left, is_cut in zip(free, cut, strict=True) if is_cut)
 
 
-def lost_between_hidden_states(shape: ModelShape, workload: Workload, activations: int) -> int:
-    """The same of the hidden states among `activations` bytes that a block keeps: of each segment what is
+def lost_between_hidden_states(shape: ModelShape, workload: Workload, kept_bytes: int) -> int:
+    """The same of the hidden states among `kept_bytes` that a block keeps: of each segment what is
     left when no whole one fits any more."""
     hidden = workload.hidden_bytes(shape)
     if not SMALL_BYTES < hidden <= SEGMENT_BYTES // 2:
         return 0
     unused = 1 - SEGMENT_BYTES // hidden * hidden / SEGMENT_BYTES
-    block = transformer.block_activation_bytes(shape, workload, compiled=True)
-    return int(unused * activations * min(1.0, KEPT_HIDDEN_STATES * hidden / block))
+    block = activations.block_activation_bytes(shape, workload, compiled=True)
+    return int(unused * kept_bytes * min(1.0, KEPT_HIDDEN_STATES * hidden / block))

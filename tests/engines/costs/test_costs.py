@@ -18,6 +18,7 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama,
 
 from engines.costs import loss, mezo, transformer
 from engines.costs.lsp import core_elements, core_size, projection_bytes
+from engines.costs.memory import activations
 from engines.costs.memory.segments import lost_in_places
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
@@ -78,10 +79,10 @@ def test_blocks_that_are_recomputed_keep_their_input_alone(recomputed: int) -> N
         assert layer.name == f"block.{index}"
         passes = layer.gpu_backward_flops / layer.gpu_forward_flops
         assert passes == pytest.approx(2.0) if index >= recomputed else passes > 2.7
-    kept = transformer.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
+    kept = activations.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
     at_loss = recomputed * 4096 * 4096 * 2 + (32 - recomputed) * kept
     passes_of_blocks = transformer.BlockPasses(recomputed=recomputed, compiled=True)
-    assert transformer.saved_activation_bytes(DEEPSEEK_7B, TRAINING, passes_of_blocks) == at_loss
+    assert activations.saved_activation_bytes(DEEPSEEK_7B, TRAINING, passes_of_blocks) == at_loss
 
 
 def test_a_loss_in_chunks_has_the_logits_of_one() -> None:
@@ -183,14 +184,14 @@ def test_a_question_answering_head_sees_every_position() -> None:
 
 def test_activations_follow_the_published_formulas() -> None:
     sbh = 4 * 1024 * 2048
-    plain = transformer.block_activation_bytes(OPT_1B, TRAINING)
+    plain = activations.block_activation_bytes(OPT_1B, TRAINING)
     # 34 of the paper, less the input of the activation, which OPT's ReLU does not keep.
     assert plain == (34 - 8) * sbh + 4 * 32 * 4 * 1024
-    gated = transformer.block_activation_bytes(DEEPSEEK_1B, TRAINING)
+    gated = activations.block_activation_bytes(DEEPSEEK_1B, TRAINING)
     norms = 8 * sbh
     assert gated == 4 * 1024 * (12 * 2048 + 4 * 2048 + 8 * 5504) + norms + 4 * 16 * 4 * 1024
-    assert transformer.saved_activation_bytes(OPT_1B, TRAINING) == 24 * 2 * sbh
-    kept = transformer.saved_activation_bytes(OPT_1B, replace(TRAINING, checkpointing=False))
+    assert activations.saved_activation_bytes(OPT_1B, TRAINING) == 24 * 2 * sbh
+    kept = activations.saved_activation_bytes(OPT_1B, replace(TRAINING, checkpointing=False))
     assert kept == 24 * plain
 
 
@@ -430,7 +431,7 @@ def test_exact_offload_holds_two_bytes_a_parameter_and_three_blocks_of_gradients
     four = cost("exact-offload", DEEPSEEK_7B, replace(TRAINING, accumulation=4))
     assert four.h2d_bytes == cost("exact-offload", DEEPSEEK_7B, TRAINING).h2d_bytes
     kept = cost("exact-offload", DEEPSEEK_7B, TRAINING, checkpointed_blocks=30).gpu_memory_bytes
-    activation = transformer.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
+    activation = activations.block_activation_bytes(DEEPSEEK_7B, TRAINING, compiled=True)
     hidden = TRAINING.hidden_bytes(DEEPSEEK_7B)
     assert kept["activations"] - kinds["activations"] == pytest.approx(2 * (activation - hidden), abs=1)
 

@@ -12,7 +12,7 @@ from known_shapes import llama
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engines.costs.transformer import block_activation_bytes, product_activation_bytes
+from engines.costs.memory.activations import block_activation_bytes, product_activation_bytes
 from engines.errors import UserError
 from engines.model import training_regions
 from engines.model.blocks import find_blocks
