@@ -13,13 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context
+from engines.costs.memory.trial import MOST_TOKENS, SEQUENCES
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import TORCH_DTYPE, move_buffers, to_device
 from engines.model.label_words import MASK_AT, WORDS
-
-SEQUENCES = 2
-MOST_TOKENS = 128
-"""Of each sequence that is tried."""
 
 _PERIOD = 1_000_003
 _STEP = 8

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 from engines.costs import transformer
-from engines.shapes import ModelShape, Workload
+from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
 SEQUENCES, MOST_TOKENS = 2, 128
-"""As `engines.model.stand_ins` has them."""
-
-FP32_BYTES = 4
+"""That are tried, and of each of them."""
 
 LOSS_BYTES = 12
 """Of a logit at the peak of the loss' backward pass: its log-softmax and two gradients."""
@@ -33,8 +31,8 @@ def trial_moment(shape: ModelShape, workload: Workload) -> dict[str, int]:
         kept = (10 + 12 * transformer.has_long_activation(shape)) * shape.hidden
     outputs = shape.vocabulary if shape.predicts_tokens else 0
     return {
-        "weights": FP32_BYTES * shape.largest_tensor,
-        "activations": FP32_BYTES * tokens * kept * shape.num_blocks,
+        "weights": BYTES_PER_ELEMENT["fp32"] * shape.largest_tensor,
+        "activations": BYTES_PER_ELEMENT["fp32"] * tokens * kept * shape.num_blocks,
         "logits": LOSS_BYTES * tokens * outputs,
     }
 

@@ -12,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 from engines.base import Batch, Context
 from engines.costs.memory.trial import MOST_TOKENS, SEQUENCES, trial_moment
 from engines.costs.table import traffic
-from engines.model import stand_ins
 from engines.model.model_check import check_block_major
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
@@ -22,10 +21,6 @@ from harness.records.job import make_job
 
 TOKENS = SEQUENCES * MOST_TOKENS
 WORKLOAD = Workload(batch_size=4, seq_len=512, dtype="bf16", checkpointing=True)
-
-
-def test_the_trial_takes_as_many_tokens_as_are_counted() -> None:
-    assert (stand_ins.SEQUENCES, stand_ins.MOST_TOKENS) == (SEQUENCES, MOST_TOKENS)
 
 
 def peak_bytes(name: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ModelShape]:
