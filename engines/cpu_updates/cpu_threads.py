@@ -19,11 +19,11 @@ chosen. An even number: steps that are slow and fast in turn, as they are where 
 updates have ended, have the mean of both for their median."""
 
 DECIDING_SHARE = 1.25
-"""Of the time in which the GPU is busy, what updates take at the least, in each of the steps that do not
-count, where the CPU plainly decides how long a step takes: then all threads are taken from then on."""
+"""Of the GPU's time that hides updates, what they take at the least, in each of the steps that do not count,
+where the CPU plainly decides how long a step takes: then all threads are taken from then on."""
 
 HIDDEN_SHARE = 0.9
-"""Of the time in which the GPU is busy, what updates may take that hide behind it: nothing is left to hide
+"""Of the GPU's time that hides updates, what they may take that hide behind it: nothing is left to hide
 behind for those of the block whose gradients come last."""
 
 WORTH_SHARE = 0.98
@@ -67,16 +67,16 @@ class AdamThreads:
         self._took_all_at_once = False
         self._is_settled = self._half == self._most
 
-    def step_ended(self, cpu_s: float, gpu_s: float | None) -> None:
+    def step_ended(self, cpu_s: float, hiding_s: float | None) -> None:
         """To be called once at the end of each step, with what updates took since the last call, and what the
-        GPU was busy; `None`: not measured."""
+        GPU was busy while there can be updates, which hides them; `None`: not measured."""
         if self._is_settled:
             return
         now, before = self._clock_s(), self._last_s
         self._last_s = now
         if before is None:
             return
-        seen = _SeenStep(now - before, cpu_s, gpu_s)
+        seen = _SeenStep(now - before, cpu_s, hiding_s)
         if self._to_ignore > 0:
             self._to_ignore -= 1
             self._ignored.append(seen)
@@ -114,19 +114,19 @@ class AdamThreads:
 class _SeenStep(NamedTuple):
     step_s: float
     cpu_s: float
-    gpu_s: float | None
+    hiding_s: float | None
 
 
 def _the_cpu_decides(seen: Sequence[_SeenStep]) -> bool:
-    return all(each.gpu_s is not None and each.cpu_s >= DECIDING_SHARE * each.gpu_s for each in seen)
+    return all(each.hiding_s is not None and each.cpu_s >= DECIDING_SHARE * each.hiding_s for each in seen)
 
 
 def _are_hidden(seen: Sequence[_SeenStep]) -> bool:
     """Whether the GPU was busy for so long that it does not wait for the updates."""
-    gpu_s = [each.gpu_s for each in seen if each.gpu_s is not None]
-    if len(gpu_s) < len(seen):
+    hiding_s = [each.hiding_s for each in seen if each.hiding_s is not None]
+    if len(hiding_s) < len(seen):
         return False
-    return statistics.median(each.cpu_s for each in seen) <= HIDDEN_SHARE * statistics.median(gpu_s)
+    return statistics.median(each.cpu_s for each in seen) <= HIDDEN_SHARE * statistics.median(hiding_s)
 
 
 def leave_threads_to_adam() -> None:

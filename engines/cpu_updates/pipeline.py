@@ -185,13 +185,14 @@ class UpdatePipeline:
             with suppress(GradientNotFinite):
                 wait(self.wait(update))
 
-    def step_ended(self, gpu_s: float | None) -> dict[str, Any]:
-        """To be called once at the end of each step, with the seconds that the GPU was busy, if it is known.
-        What updates took since the last call and their threads, by the names of `engines.base.StepStats`."""
+    def step_ended(self, hiding_s: float | None) -> dict[str, Any]:
+        """To be called once at the end of each step, with the seconds that the GPU was busy while there can
+        be updates, if it is known. What updates took since the last call and their threads, by the names of
+        `engines.base.StepStats`."""
         threads = self.adam_threads.count
         with self._changed:
             busy_s, self._busy_s = self._busy_s, 0.0
-        self.adam_threads.step_ended(busy_s, gpu_s)
+        self.adam_threads.step_ended(busy_s, hiding_s)
         return {"cpu_s": busy_s, "cpu_threads": threads}
 
     def close(self) -> None:

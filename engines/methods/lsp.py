@@ -327,7 +327,9 @@ class Lsp:
             warn_of_idle(self._matrices())
         self.steps_done += 1
         busy = self._clocks.take_s(self.link)
-        on_host = {} if self._pipeline is None else self._pipeline.step_ended(busy["gpu_s"])
+        on_host = {}
+        if self._pipeline is not None:
+            on_host = self._pipeline.step_ended(self._hiding_s(busy["gpu_s"], len(batches)))
         return StepStats(
             loss=value,
             h2d_bytes=self._step_h2d_bytes,
@@ -335,6 +337,14 @@ class Lsp:
             **busy,
             **on_host,
         )
+
+    def _hiding_s(self, gpu_s: float | None, micro_batches: int) -> float | None:
+        """Of the `gpu_s` of a step, what updates can hide behind. Cores are complete when the last of
+        `micro_batches` has passed their block backward, and its next forward pass, the first one's, waits for
+        their update: about one of them. Where all pass a block together it is the whole step."""
+        if gpu_s is None or self._passes is not None:
+            return gpu_s
+        return gpu_s / micro_batches
 
     def _streamed_bytes(self) -> tuple[int, int]:
         """Of weights, up and down so far."""

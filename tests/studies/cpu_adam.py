@@ -63,7 +63,7 @@ class FixedThreads(cpu_threads.AdamThreads):
         super().__init__()
         self.count = count
 
-    def step_ended(self, cpu_s: float, gpu_s: float | None) -> None:
+    def step_ended(self, cpu_s: float, hiding_s: float | None) -> None:
         """Nothing is learned from steps."""
 
 

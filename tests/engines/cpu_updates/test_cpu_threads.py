@@ -27,16 +27,17 @@ StepS = Callable[[int, int], float]
 
 
 def counts(
-    step_s: StepS, steps: int = 3 * STEPS, *, cpu_s: StepS = lambda *_: 1.0, gpu_s: StepS | None = None
+    step_s: StepS, steps: int = 3 * STEPS, *, cpu_s: StepS = lambda *_: 1.0, hiding_s: StepS | None = None
 ) -> list[int]:
-    """Of each step, where step n takes so long with a number of threads, as do updates and the GPU in it."""
+    """Of each step, where step n takes so long with a number of threads, as do updates and what of the GPU's
+    time hides them."""
     now = 0.0
     threads, found = AdamThreads(lambda: now), []
     for step in range(steps):
         count = threads.count
         found.append(count)
         now += step_s(step, count)
-        threads.step_ended(cpu_s(step, count), None if gpu_s is None else gpu_s(step, count))
+        threads.step_ended(cpu_s(step, count), None if hiding_s is None else hiding_s(step, count))
     return found
 
 
@@ -47,9 +48,9 @@ def in_turn(slow_s: float, fast_s: float) -> StepS:
 @pytest.mark.parametrize("taken", [in_turn(0.06, 0.12), in_turn(0.12, 0.06)])
 def test_half_the_threads_where_updates_hide_behind_the_gpu(taken: StepS) -> None:
     """However long steps take: none is tried with all."""
-    found = counts(taken, cpu_s=in_turn(0.07, 0.04), gpu_s=in_turn(0.06, 0.075))
+    found = counts(taken, cpu_s=in_turn(0.07, 0.04), hiding_s=in_turn(0.06, 0.075))
     assert set(found) == {15}
-    found = counts(taken, cpu_s=in_turn(0.07, 0.06), gpu_s=in_turn(0.06, 0.07))
+    found = counts(taken, cpu_s=in_turn(0.07, 0.06), hiding_s=in_turn(0.06, 0.07))
     assert found[STEPS : 2 * STEPS - FIRST_STEPS] == [30] * (1 + SEEN_STEPS)
 
 
@@ -67,7 +68,7 @@ def test_all_threads_where_the_cpu_decides() -> None:
         found = counts(
             lambda _, count: 8.0 / count,
             cpu_s=lambda _, count: 7.0 / count,
-            gpu_s=lambda *_, busy_s=gpu_s: busy_s,  # type: ignore[misc]
+            hiding_s=lambda *_, busy_s=gpu_s: busy_s,  # type: ignore[misc]
         )
         assert found[:after] == [15] * after
         assert set(found[after:]) == {30}
@@ -79,7 +80,7 @@ def test_half_the_threads_where_updates_are_no_faster_with_all() -> None:
         found = counts(
             lambda step, _: 9.0 if step < 3 else 0.8,
             cpu_s=lambda _, count, most_s=with_all_s: 0.7 if count == 15 else most_s,  # type: ignore[misc]
-            gpu_s=lambda *_: 0.1,
+            hiding_s=lambda *_: 0.1,
         )
         assert found[1 + FIRST_STEPS : 1 + FIRST_STEPS + 1 + SEEN_STEPS] == [30] * (1 + SEEN_STEPS)
         assert set(found[-STEPS:]) == {chosen}
@@ -88,7 +89,7 @@ def test_half_the_threads_where_updates_are_no_faster_with_all() -> None:
 def test_one_step_whose_updates_are_slow_is_not_plain() -> None:
     for slow in range(1, 1 + FIRST_STEPS):
         busy: StepS = lambda step, _, slow=slow: 9.0 if step == slow else 0.05  # type: ignore[misc]  # noqa: E731
-        assert set(counts(lambda *_: 0.08, cpu_s=busy, gpu_s=lambda *_: 0.07)) == {15}
+        assert set(counts(lambda *_: 0.08, cpu_s=busy, hiding_s=lambda *_: 0.07)) == {15}
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -111,7 +112,7 @@ def test_one_slow_step_decides_nothing() -> None:
     found = counts(lambda step, count: 9.0 if step in slow else 0.08 if count == 15 else 0.07)
     assert found[-1] == 30
     busy: StepS = lambda step, _: 9.0 if step in slow else 0.05  # noqa: E731
-    found = counts(busy, cpu_s=busy, gpu_s=lambda *_: 0.07)
+    found = counts(busy, cpu_s=busy, hiding_s=lambda *_: 0.07)
     assert found.count(30) == 1 + SEEN_STEPS  # as the CPU decided in the first ones; tried, and not kept
     assert set(found[1 + FIRST_STEPS + 1 + SEEN_STEPS :]) == {15}
 
@@ -123,7 +124,7 @@ def test_one_slow_step_decides_nothing() -> None:
 )
 def test_it_settles_for_good(times_s: list[float], gpu_s: list[float], is_known: bool) -> None:
     busy_s: StepS | None = (lambda step, _: gpu_s[step]) if is_known else None
-    found = counts(lambda step, _: times_s[step], cpu_s=lambda step, _: times_s[step], gpu_s=busy_s)
+    found = counts(lambda step, _: times_s[step], cpu_s=lambda step, _: times_s[step], hiding_s=busy_s)
     assert set(found) <= {15, 30}
     assert len(set(found[1 + FIRST_STEPS + 3 * (1 + SEEN_STEPS) :])) == 1
 

@@ -27,6 +27,7 @@ from engines.base import Batch, Context, StepStats
 from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
+from engines.cpu_updates.cpu_threads import AdamThreads
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.lsp import Lsp
 from engines.methods.native import Native
@@ -41,6 +42,7 @@ from engines.subspace.core_matrix import IdleMatrixWarning
 from engines.subspace.cores import CoreState
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.subspace.residual import make_residual
+from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
 
@@ -663,6 +665,22 @@ class TestOneStep:
             assert engine._pipeline.step_ended(None)["cpu_s"] >= 0.0
             assert stats.cpu_threads == engine._pipeline.adam_threads.count
         assert threads == {"lsp-core-adam"}
+
+    @pytest.mark.parametrize(
+        ("weights", "accumulation", "hiding_s"),
+        [("resident", 1, 0.8), ("resident", 4, 0.2), ("streamed", 4, 0.8)],
+    )
+    def test_updates_hide_behind_one_micro_batch_or_behind_all_that_pass_a_block_together(
+        self, weights: str, accumulation: int, hiding_s: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By that the number of Adam's threads is chosen."""
+        told: list[float | None] = []
+        monkeypatch.setattr(AdamThreads, "step_ended", lambda self, cpu_s, hiding_s: told.append(hiding_s))
+        ctx = context("bf16", accumulation=accumulation)
+        monkeypatch.setattr(Clocks, "take_s", lambda self, link: {"gpu_s": 0.8})
+        with running("llama", ctx=ctx, weights=weights) as engine:
+            assert engine.step(tiny_batches(accumulation, "llama")).gpu_s == 0.8
+        assert told == [hiding_s]
 
 
 class TestResidual:
