@@ -15,7 +15,7 @@ from engines.settings.given import Value
 from engines.settings.parse import defaults
 from harness.models.configs import NAMED_SHAPES
 from harness.pipeline import plan_job
-from harness.records.job import Job, load_job
+from harness.records.job import DataSource, Job, load_job
 from harness.records.run import Run, load_run
 from harness.resolve import resolve_shape
 from profiles.machine import load_machine
@@ -58,7 +58,10 @@ EAGER: dict[str, dict[str, Value]] = {
 
 
 def as_it_ran(job: Job, date: str) -> Job:
-    """The job, with what its engines did before there was a setting for it."""
+    """The job, with what its engines did before there was a setting for it, and random tokens in place of a
+    text that is not at hand: sequences are as full of either."""
+    if job.data.train.endswith(".txt"):
+        job = replace(job, data=DataSource(train="random"))
     if date >= COMPILED_FROM:
         return job
     given = {
@@ -176,8 +179,10 @@ def test_what_cuda_takes_beside_it_is_what_is_predicted() -> None:
     """Within 0.1 GB, page tables of up to 178 GB of pinned memory included.
 
     Of the processes of a method, the one in which it is most: NVML is asked now and then, and may look
-    between two peaks.
+    between two peaks. Where it saw less than CUDA's
+    context alone, it never looked at the peak.
     """
+    looked, missed = 0, []
     for name, run, cost in memory_runs():
         every = [load_run(path) for path in (RESULTS / name.split()[0]).glob("runs/*.json")]
         of_method = [each.summary for each in every if each.engine == run.engine]
@@ -186,4 +191,10 @@ def test_what_cuda_takes_beside_it_is_what_is_predicted() -> None:
         if not seen or (run.engine == "lsp" and GRAPHS_OF_THEIR_OWN in name):
             continue
         beside = max(seen) - KEPT_BY_THE_CARD_BYTES
+        if beside < BUDGET.context_bytes - 0.15e9:
+            missed.append(name)
+            continue
+        looked += 1
         assert abs(beside - beside_torch_bytes(cost, BUDGET)) < 0.15e9, name
+    assert looked > 40
+    assert len(missed) < 0.05 * looked, missed
