@@ -158,7 +158,7 @@ def predict(traffic: Traffic, machine: Machine, workload: Workload) -> Predictio
         combine = _combining(traffic, machine)
         micro_batches = workload.accumulation
         expected = combine(times["value"], micro_batches)
-        bottleneck = _bottleneck(busy_s(times["value"]), expected, traffic)
+        bottleneck = _bottleneck(busy_s(times["value"]), expected, traffic, micro_batches)
         error_factor = _model_error(traffic, machine, workload, bottleneck)
         low = combine(times["high"], micro_batches) / error_factor
         high = combine(times["low"], micro_batches) * error_factor
@@ -267,13 +267,16 @@ def gpu_parts(traffic: Traffic, machine: Machine, workload: Workload) -> GpuPart
     )
 
 
-def _bottleneck(busy: dict[str, float], step_s: float, traffic: Traffic) -> str | None:
-    """The busiest resource. Host memory is named where it decides the step's time, or how long the updates
-    take that do; otherwise it only does the work of copies and CPU, which have the name then."""
+def _bottleneck(busy: dict[str, float], step_s: float, traffic: Traffic, micro_batches: int) -> str | None:
+    """The busiest resource; where only the last of `micro_batches` has anything to update, the GPU counts
+    with one. Host memory is named where it decides the step's time, or how long the updates take that do;
+    otherwise it only does the work of copies and CPU, which have the name then."""
     host_s = busy["host memory"]
     if host_s > 0 and host_s >= step_s:
         return "host memory"
     others = {name: time_s for name, time_s in busy.items() if name != "host memory"}
+    if traffic.overlap == "layerwise":
+        others["gpu"] /= micro_batches
     name = max(others, key=lambda name: others[name])
     if name == "cpu" and traffic.overlap == "blockwise" and host_s > others[name]:
         return "host memory"

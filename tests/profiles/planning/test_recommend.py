@@ -39,6 +39,7 @@ from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.context import AS_FAST
+from profiles.planning.methods.lsp import STREAMED_FASTER
 from profiles.planning.methods.zo2 import FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
 from profiles.planning.predict import predict, resource_s
@@ -337,6 +338,31 @@ def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
     eight = plan("lsp", machine=slow, shape=DEEPSEEK_1B, workload=replace(TRAINING, accumulation=8))
     assert abs(int(eight.settings["d"]) - int(once.settings["d"])) <= 128
     assert any("of GPU time in one micro-batch" in reason for reason in eight.reasons)
+
+
+def test_weights_are_streamed_where_one_micro_batch_does_not_hide_updates_and_all_do() -> None:
+    slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1.8e9)))
+    four = replace(TRAINING, accumulation=4)
+    why = "weights=streamed: all micro-batches then pass a block together, and updates hide behind all"
+
+    def found(machine: Machine, workload: Workload, **values: object) -> Plan:
+        values = {"d": 2048, **values}
+        (only,) = recommend(machine, DEEPSEEK_7B, workload, ["lsp"], given_for_each({"lsp": values}))
+        return only
+
+    streamed, resident = found(slow, four), found(slow, four, weights="resident")
+    assert streamed.settings["weights"] == "streamed"
+    assert sum(reason.startswith(why) for reason in streamed.reasons) == 1
+    assert streamed.prediction.step_s is not None
+    assert resident.prediction.step_s is not None
+    assert streamed.prediction.step_s < STREAMED_FASTER * resident.prediction.step_s
+    others = [
+        found(H200, four),  # they hide behind one
+        found(slow, TRAINING),  # there is one
+        found(slow, four, graphs=True),  # which are of weights that stay
+        found(slow, four, max_grad_norm=1.0),  # updates begin when backward has ended
+    ]
+    assert not any("weights" in other.settings for other in others)
 
 
 def test_d_has_a_floor() -> None:
