@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from engines.costs import loss, transformer
 from engines.costs.memory import activations
-from engines.costs.memory.segments import lost_in_places
 from engines.costs.memory.trial import with_trial
 from engines.costs.native import (
     ADAM_PASSES,
@@ -366,11 +365,10 @@ def _gpu_memory(
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    apart, lost = activations.apart_bytes(kinds), 0
+    apart = activations.apart_bytes(kinds)
     if settings.block_major:  # a block's passes find the places that the logits have left
         apart = int(UNSHARED * apart)
-        lost = _lost_to_moments(shape, workload, settings)
-    stays = lost + _pool_bytes(shape, workload, settings)
+    stays = _pool_bytes(shape, workload, settings)
     most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
     return GpuMemory(
         gpu_memory_bytes=most,
@@ -383,18 +381,8 @@ def _gpu_memory(
 
 
 def _logits_bytes(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """With blocks that all micro-batches pass together the loss is compiled too, before moments are there."""
+    """With blocks that all micro-batches pass together the loss is compiled too."""
     compiled = settings.compile is not False
     if settings.block_major or not compiled or BYTES_PER_ELEMENT[workload.dtype] == 4:
         return loss.logits_bytes(shape, workload, compiled=compiled and settings.block_major)
     return LOSS_BYTES * loss.num_logits(shape, workload)
-
-
-def _lost_to_moments(shape: ModelShape, workload: Workload, settings: LspSettings) -> int:
-    """What holds no logits of the places of the first step's, in which it makes a head's or an embedding's
-    gradient and moments, which stay."""
-    if not settings.train_outer or shape.head != "causal_lm":
-        return 0
-    element = BYTES_PER_ELEMENT[workload.dtype]
-    large = [element * shape.head_parameters] * (1 if shape.tied else 2)
-    return lost_in_places([element * loss.num_logits(shape, workload)] * 2, 3 * large)

@@ -215,7 +215,7 @@ class Lsp:
         if size > 1:
             owners = [number % size for number in range(len(self._cores.first))]
             self._ranks = RankUpdates(owners, self._world, context.progress)
-        self._dense = DenseParameters(self.model, subspaces, settings, self.device)
+        self.dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
@@ -537,7 +537,7 @@ class Lsp:
                 self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
                 self._report_no_norm(block)
-        self._dense.sum_over_ranks(self._world)
+        self.dense.finish_backward(self._world)
         if self._has_machines:
             self._reduce_between_machines()
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
@@ -551,7 +551,7 @@ class Lsp:
         elif not self._sends_at_once:
             for update in updates:
                 self._pipeline.submit([update])
-        self._dense.step(self._share.learning_rate, self._squared_total)
+        self.dense.step(self._share.learning_rate, self._squared_total)
 
     def _report_no_norm(self, block: CoreBlock) -> None:
         """It took no part, on any rank: they run the same model."""
@@ -567,7 +567,7 @@ class Lsp:
             self._squared_total.fill_(self._pipeline.wait_for_norm(self._share.step))
         elif self._world.size > 1:
             self._squared_total.fill_(norm_of_ranks(self._in_flight.all()))
-        self._dense.clip(self._squared_total, most)
+        self.dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
         self._share.total = self._total_on_host
         self._share.total_known = self.link.download(
@@ -684,7 +684,7 @@ class Lsp:
         """Weights, both kinds of moments, projectors, checks, step and random state."""
         self._settle_all()
         self.synchronize()
-        state = rng_state(self.device) | self._dense.state(self._names)
+        state = rng_state(self.device) | self.dense.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["matrices"] = save_cores(self._laid_out, state)
         save_checkpoint(folder, self._stored(), state, about)
@@ -698,7 +698,7 @@ class Lsp:
         if self.streamed is not None:
             self.streamed.weights.slots.forget_all()
         load_cores(self._laid_out, tensors, about["matrices"], folder)
-        self._dense.load(self._names, tensors)
+        self.dense.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if self._ranks is not None:

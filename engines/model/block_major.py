@@ -219,7 +219,9 @@ class BlockMajor:
         for number, its in enumerate(found[1 : 1 + len(places)]):
             each.of_shared[number] = _sum(each.of_shared[number], its)
         for parameter, its in zip(others, found[1 + len(places) :][: len(others)], strict=True):
-            parameter.grad = _sum(parameter.grad, its)
+            # A copy: autograd may give one tensor, or a number expanded, as the gradient of several.
+            if its is not None:
+                parameter.grad = its.clone() if parameter.grad is None else parameter.grad.add_(its)
         self._watcher.gradients(index, found[1 + len(places) + len(others) :], first=first)
 
     def _end(self, each: _MicroBatch) -> None:

@@ -107,7 +107,7 @@ def _made_up(blueprint: Blueprint) -> Batch:
 
 
 def _cut(batch: Batch) -> Batch:
-    """The first sequence and the most padded one, to `MOST_TOKENS`, with a label among them."""
+    """The first sequence and the most padded one, to `MOST_TOKENS`, with padding and a label among them."""
     if WORDS in batch.inputs:
         return _first_example(batch)
     ids = batch.inputs["input_ids"]
@@ -118,17 +118,29 @@ def _cut(batch: Batch) -> Batch:
     cut = {name: each[rows] for name, each in batch.inputs.items()}
     length = ids.shape[1]
     if length > MOST_TOKENS:
+        begin = 0 if mask is None else _beginning(mask[rows[-1]])
+        stretch = slice(begin, begin + MOST_TOKENS)
         cut = {
-            name: each[:, :MOST_TOKENS] if each.dim() == 2 and each.shape[1] == length else each
+            # Contiguous, as the job's own batches are: a model may view them in another shape (CPM-Ant).
+            name: each[:, stretch].contiguous() if each.dim() == 2 and each.shape[1] == length else each
             for name, each in cut.items()
         }
         for name in ("start_positions", "end_positions", MASK_AT):
             if name in cut:
-                cut[name] = cut[name].clamp(max=MOST_TOKENS - 1)
+                cut[name] = (cut[name] - begin).clamp(0, MOST_TOKENS - 1)
     labels = cut.get("labels")
     if labels is not None and labels.dim() == 2 and not bool((labels[:, 1:] != -100).any()):
         cut["labels"] = cut["input_ids"]
     return Batch(inputs=cut)
+
+
+def _beginning(mask: Tensor) -> int:
+    """Of the stretch of `MOST_TOKENS` that is tried of a longer `mask` (tokens,): with both sides of where
+    padding begins or ends, else the first."""
+    edges = mask.diff().nonzero()
+    if not len(edges):
+        return 0
+    return min(max(0, int(edges[0]) + 1 - MOST_TOKENS // 2), len(mask) - MOST_TOKENS)
 
 
 def _first_example(batch: Batch) -> Batch:

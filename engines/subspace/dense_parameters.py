@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engines.first_order.adamw import make_adamw, set_learning_rate
+from engines.first_order.adamw import make_adamw, set_learning_rate, with_moments
 from engines.first_order.checkpoint import adamw_state, load_adamw_state
 from engines.settings.lsp import LspSettings
 from engines.subspace.bias_check import Subspace
@@ -27,16 +27,32 @@ class DenseParameters:
         own = {each.weight for members in subspaces for each in members}
         parameters = [parameter for parameter in model.parameters() if parameter not in own]
         self._adam: torch.optim.AdamW | None = None
-        self._parameters = parameters if settings.train_outer else []
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._parameters = trained if settings.train_outer else []
         self._not_finite = torch.zeros((), device=device)
+        self._unreached: dict[Tensor, int] = {}
+        """Whose gradient was made here and may not have been added to yet, with that gradient's count of
+        changes."""
         if self._parameters:
-            self._adam = make_adamw(self._parameters, settings)
+            # Before the first step: an embedding's gradient and moments that it made would stay where its
+            # logits lay, and the next step's would find no whole place.
+            self._adam = with_moments(make_adamw(self._parameters, settings))
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
+                self._unreached[parameter] = parameter.grad._version
         if not settings.train_outer:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
-    def sum_over_ranks(self, world: World) -> None:
-        """Let every rank have the sum of all ranks' gradients."""
+    def finish_backward(self, world: World) -> None:
+        """Let every rank have the sum of all ranks' gradients. A parameter that the first backward pass has
+        not reached has none, and is neither updated nor decayed until one does."""
+        for parameter, changes in self._unreached.items():
+            if parameter.grad is not None and parameter.grad._version == changes:
+                parameter.grad = None
+                assert self._adam is not None
+                self._adam.state.pop(parameter, None)
+        self._unreached.clear()
         sum_gradients(world, self._parameters)
 
     @torch.no_grad()
@@ -67,9 +83,13 @@ class DenseParameters:
         return {} if self._adam is None else adamw_state(self._adam, names)
 
     def load(self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-        if self._adam is not None:
-            load_adamw_state(self._adam, names, tensors)
+        """Take back what `state` gave. What had been updated by then goes on being updated."""
+        if self._adam is None:
+            return
+        load_adamw_state(self._adam, names, tensors)
+        for parameter in list(self._unreached):
+            if float(tensors.get(f"step.{names[parameter]}", 0.0)) > 0:
+                del self._unreached[parameter]
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]

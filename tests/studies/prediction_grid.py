@@ -53,6 +53,7 @@ from hidden_libraries import START_CUDA, hidden  # noqa: E402
 
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.exact_offload import few_gradient_blocks  # noqa: E402
+from engines.costs.memory.trial import MOST_TOKENS, trial_moment  # noqa: E402
 from engines.costs.resources.traffic import Traffic  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
 from engines.costs.transformer import runs_as_graphs  # noqa: E402
@@ -94,8 +95,12 @@ UNLOCKED_FROM = "2026-11-30T02:10"
 """Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms
 with 24 blocks: their times are not those of the engines of today."""
 LOSS_COMPILED_FROM = "2026-11-30T06:15"
-"""Before it `lsp` with streamed weights had logits in fp32 three times over in a step that tests projectors,
-the first of each run, and compiled blocks of `qlora` that run again kept what their products gave."""
+"""Before it compiled blocks of `qlora` that run again kept what their products gave."""
+MADE_FIRST_FROM = "2026-11-30T12:30"
+"""Before it `lsp` made gradients and moments of what is no matrix of a block in its first step, in the places
+of the logits, and streamed steps had these cut; and the trial of a model took `TRIED_BEFORE` tokens of a
+sequence."""
+TRIED_BEFORE = 128
 HOST_BUSY = ("2026-11-30T05:23", "2026-11-30T05:34")
 """Between these tests ran on the host's other cores and its other GPU: times are no test."""
 BESIDE_OTHERS = "other runs had the same GPU"
@@ -536,12 +541,24 @@ def row_of(record: Run, machine: Machine) -> Row:
 
 def needs_as_today(record: Run) -> bool:
     """Whether the GPU memory that it took is what the engine of today would take."""
-    if record.engine == "qlora" or (record.engine == "lsp" and record.plan.settings.get("weights")):
+    if record.engine == "qlora":
         return record.time >= LOSS_COMPILED_FROM
+    if record.engine == "lsp" and record.plan.settings.get("weights"):
+        return record.time >= MADE_FIRST_FROM
+    job = make_job(record.job, record.id)
+    if record.engine == "exact-offload" and record.time < MADE_FIRST_FROM:
+        return not _trial_decided(record, job)
     if record.engine not in ("mezo", "zo2") or record.time >= FREED_FROM:
         return True
-    job = make_job(record.job, record.id)
     return not runs_as_graphs(resolve_shape(job), job.workload)
+
+
+def _trial_decided(record: Run, job: Job) -> bool:
+    """Whether the trial with as many tokens as it had before today took more than steps do."""
+    trial = trial_moment(resolve_shape(job), job.workload)
+    of_tokens = trial["activations"] + trial["logits"]
+    longer = min(job.workload.seq_len, TRIED_BEFORE) / min(job.workload.seq_len, MOST_TOKENS)
+    return trial["weights"] + longer * of_tokens > cost_of(record, job).peak_gpu_bytes
 
 
 def cost_of(record: Run, job: Job) -> Traffic:

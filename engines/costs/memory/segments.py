@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 from engines.costs.memory import activations
@@ -43,21 +42,6 @@ def _segments_of(sizes: tuple[int, ...], times: int) -> int:
         if place - size > SMALL_BYTES:
             free.append(place - size)
     return taken
-
-
-def lost_in_places(places: Sequence[int], sizes: Sequence[int]) -> int:
-    """Bytes of free segments as large as `places` that nobody else gets whole again, when tensors of these
-    sizes have come into them to stay, each into the smallest free place that is large enough."""
-    free = [-(-each // ROUND_BYTES) * ROUND_BYTES for each in places]
-    cut = [False] * len(free)
-    for size in sizes:
-        index = min(
-            (each for each in range(len(free)) if free[each] >= size), key=free.__getitem__, default=None
-        )
-        if index is not None and size >= LARGE_BYTES:
-            free[index] -= size
-            cut[index] = True
-    return sum(left for left, is_cut in zip(free, cut, strict=True) if is_cut)
 
 
 def lost_between_hidden_states(shape: ModelShape, workload: Workload, kept_bytes: int) -> int:

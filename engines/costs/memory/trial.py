@@ -7,7 +7,7 @@ from __future__ import annotations
 from engines.costs import transformer
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
-SEQUENCES, MOST_TOKENS = 2, 128
+SEQUENCES, MOST_TOKENS = 2, 32
 """That are tried, and of each of them."""
 
 LOSS_BYTES = 12

@@ -19,7 +19,6 @@ from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama,
 from engines.costs import loss, mezo, transformer
 from engines.costs.lsp import core_elements, core_size, projection_bytes
 from engines.costs.memory import activations
-from engines.costs.memory.segments import lost_in_places
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
 from engines.costs.table import traffic
@@ -153,16 +152,6 @@ def test_streamed_lsp_has_logits_and_their_gradient(
     workload = Workload(batch_size=batch, seq_len=tokens, dtype="bf16", checkpointing=True)
     found = cost("lsp", named_shape(model), workload, d=d, r=4, weights="streamed")
     assert found.peak_gpu_bytes == pytest.approx(peak_mb * 1e6, rel=0.02)
-
-
-def test_what_comes_to_stay_cuts_free_places() -> None:
-    """Of the places of logits and their gradient one has an embedding's gradient and moments; of two that are
-    too small for a second tensor each has one; what fills its place leaves nothing."""
-    mib = 1 << 20
-    assert lost_in_places([1200 * mib] * 2, [260 * mib] * 3) == (1200 - 3 * 260) * mib
-    assert lost_in_places([600 * mib] * 2, [450 * mib] * 3) == 2 * 150 * mib
-    assert lost_in_places([200 * mib] * 2, [200 * mib] * 3) == 0
-    assert lost_in_places([200 * mib] * 2, [201 * mib] * 3) == 0
 
 
 def test_a_classification_head_sees_one_position_per_sequence() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from family_models import context, family_model
 
-from engines.base import Blueprint, Context
+from engines.base import Batch, Blueprint, Context
+from engines.costs.memory.trial import MOST_TOKENS
 from engines.errors import UserError
 from engines.model.model_check import check_block_major, check_driven, check_repeats, check_watched
+from engines.model.stand_ins import tried_batch
 from engines.shapes import Dtype
 from engines.zeroth_order.stacking import blocks_apart
 from harness.models.blueprint import ModelBlueprint
@@ -134,6 +136,71 @@ def test_it_takes_the_memory_of_the_largest_tensor(monkeypatch: pytest.MonkeyPat
     largest = max(parameter.numel() for parameter in blueprint.model.parameters())
     assert sum(made) < 4 * largest
     assert sum(made) < sum(parameter.numel() for parameter in blueprint.model.parameters()) / 5
+
+
+def long_batch(texts: Sequence[int], *, left: bool = False, length: int = 100) -> Batch:
+    """Sequences of `length` tokens, whose texts have so many of them and whose padding is on one side."""
+    ids = 3 + torch.arange(len(texts) * length).view(len(texts), length) % 200
+    places = torch.arange(length).expand(len(texts), -1)
+    counts = torch.tensor(texts)[:, None]
+    mask = (places >= length - counts if left else places < counts).long()
+    return Batch(inputs={"input_ids": ids * mask, "attention_mask": mask, "labels": ids})
+
+
+def tried(batch: Batch) -> dict[str, torch.Tensor]:
+    blueprint = family_model("llama").blueprint()
+    blueprint.sample = batch
+    return dict(tried_batch(blueprint).inputs)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(("texts", "begin", "count"), [
+    ((100, 100, 60, 80), 44, 16), ((100, 90, 5), 0, 5), ((100, 97), 68, 29), ((70, 60), 44, 16),
+    ((50,), 34, 16),
+])  # fmt: skip
+def test_the_tokens_that_are_tried_have_the_padding_of_the_job(
+    texts: tuple[int, ...], begin: int, count: int, left: bool
+) -> None:
+    """With both sides of it in the most padded sequence, and none of which padding is all."""
+    batch, most_padded = long_batch(texts, left=left), texts.index(min(texts))
+    inputs = tried(batch)
+    assert all(each.shape == (min(2, len(texts)), MOST_TOKENS) for each in inputs.values())
+    assert all(each.is_contiguous() for each in inputs.values())
+    assert int(inputs["attention_mask"][-1].sum()) == count
+    assert bool(inputs["attention_mask"].any(1).all())
+    begin = 100 - MOST_TOKENS - begin if left else begin
+    taken = batch.inputs["input_ids"][most_padded, begin : begin + MOST_TOKENS]
+    assert torch.equal(inputs["input_ids"][-1], taken)
+
+
+def test_without_padding_the_first_tokens_are_tried() -> None:
+    batch = long_batch((100, 100))
+    assert torch.equal(tried(batch)["input_ids"], batch.inputs["input_ids"][:, :MOST_TOKENS])
+    bare = Batch(inputs={name: batch.inputs[name] for name in ("input_ids", "labels")})
+    assert torch.equal(tried(bare)["input_ids"], batch.inputs["input_ids"][:, :MOST_TOKENS])
+
+
+def test_an_answer_is_where_it_was_among_the_tokens_that_are_tried() -> None:
+    inputs = dict(long_batch((100, 60)).inputs)
+    del inputs["labels"]
+    ends = {"start_positions": torch.tensor([50, 10]), "end_positions": torch.tensor([99, 55])}
+    found = tried(Batch(inputs={**inputs, **ends}))
+    assert found["start_positions"].tolist() == [50 - 44, 0]
+    assert found["end_positions"].tolist() == [MOST_TOKENS - 1, 55 - 44]
+
+
+@pytest.mark.parametrize("check", [*CHECKS, check_repeats])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(
+    "family", ["opt", "llama", "gpt2", "bert", "mixtral", "xlnet", "gpt_neo", "llama4_text"]
+)
+def test_models_are_tried_with_fewer_tokens_than_the_job_has(family: str, left: bool, check: Check) -> None:
+    blueprint = family_model(family).blueprint()
+    batch = long_batch((48, 40), left=left, length=48)
+    if blueprint.shape.head == "classification":
+        batch = Batch(inputs={**batch.inputs, "labels": torch.tensor([0, 1])})
+    blueprint.sample = batch
+    check(blueprint, context())
 
 
 @pytest.mark.gpu
