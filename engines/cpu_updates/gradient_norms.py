@@ -75,11 +75,18 @@ class GradientNorms:
             scale = (share.max_norm / squared.sqrt()).clamp(max=1.0)
             if waits:
                 self._link.host_wait(known)
-        elif share.total is not None:
-            self._link.host_wait(share.total_known)
-            scale = torch.full((1,), share.scale(), device=total.device)
+        else:
+            scale = self.scale_by_previous(share)
         self._known, self._is_whole = known, False
         return scale
+
+    def scale_by_previous(self, share: StepShare) -> Tensor | None:
+        """What this step's gradient is multiplied by, (1,) on the device, where it is clipped by the norm of
+        the step before; `None`: it is not, or there was none."""
+        if self._settings.clip_by == "exact" or share.total is None:
+            return None
+        self._link.host_wait(share.total_known)
+        return torch.full((1,), share.scale(), device=self.of_groups.device)
 
     def last(self, steps_done: int, ranks: RankUpdates | None) -> Tensor:
         """(1,) on the host: of the last step's whole gradient, squared. Waits for it. `ranks`: those

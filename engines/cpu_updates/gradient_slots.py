@@ -58,6 +58,10 @@ class GradientSlots:
         """(elements,): all of a block's, in its slot."""
         return self._memory[block % len(self._memory)][: self._sizes[block]]
 
+    def gradients(self, block: int) -> Sequence[Tensor]:
+        """Of each of the block's own parameters, in its slot."""
+        return self._places[block]
+
     def leave(self, block: int, until: Event) -> None:
         """A block's gradient is read until that event, and then no more."""
         self._free[block % len(self._memory)] = until

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from engines.first_order.adamw import make_adamw, set_learning_rate
+from engines.first_order.adamw import make_adamw, set_learning_rate, with_moments
 from engines.first_order.checkpoint import adamw_state, load_adamw_state
 from engines.settings.first_order import AdamWSettings
 from engines.transfer.rank_sums import sum_gradients
@@ -25,7 +25,7 @@ class MasterWeights:
             each if each.dtype == torch.float32 else nn.Parameter(each.detach().float())
             for each in self._parameters
         ]
-        self._adam = make_adamw(self._masters, settings) if self._masters else None
+        self._adam = with_moments(make_adamw(self._masters, settings)) if self._masters else None
 
     def sum_over_ranks(self, world: World) -> None:
         """Let every rank have the sum of all ranks' gradients."""

@@ -26,6 +26,11 @@ moments, updated there. Host, per parameter of the blocks: the bf16 weight (pinn
 it an fp32 master, and two moments, in fp32 (12 bytes in all), or bf16 (8) or int8 (6), which are approximate.
 Gradients of all blocks, or of as many as `gradient_blocks` says, have pinned buffers there.
 
+The first block's gradient is the last to be complete, and its weights are wanted first, so that its update
+shows in every step. `gpu_blocks` keeps masters and moments of the first so many on the GPU, which updates
+them where their gradients lie, as SuperOffload (2509.21271) does with its last buckets and ZeRO-Offload++
+with a share of all: the more there are, the less is left for the CPU to do.
+
 With `outer=host` what lies outside the blocks has its masters and moments on the host too, each tensor for
 itself: the head's gradient goes down when the losses are known and is wanted last, an embedding's is the last
 to be complete and wanted first, so its update shows.
@@ -40,7 +45,8 @@ weights are there with them, and come up from there for both passes (`engines.of
 Never stale: an update of step t is on the GPU before its block's next forward pass, and `evaluate`, `weights`
 and `save` wait for what is left. A gradient that is not finite changes neither weights nor moments of its
 block, nor of those that backward reaches after it; what is outside the blocks does not change either. The CPU
-finds it, so nothing waits, and the next step raises; a loss that is not finite raises at once.
+finds it (of `gpu_blocks` the GPU), so nothing waits, and the next step raises; a loss that is not finite
+raises at once.
 
 Clipping by the norm of the whole gradient: `clip_by=exact` waits for it, so that the CPU begins when backward
 has ended; `clip_by=previous` scales by the norm of the step before, which is a method of its own, in which
@@ -64,8 +70,8 @@ deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding
 
 Deviations, and choices: micro-batches add up in the weights' dtype, as in native. A gradient crosses the link
 in the weights' dtype. Masters begin as the bf16 weights that the model was loaded with. A master is rounded
-to bf16 halves away from zero. Decay, bias correction and schedules are AdamW's. A tensor that several blocks
-share, or a block and what is outside, is updated on the GPU.
+to bf16 halves away from zero, on the GPU to even. Decay, bias correction and schedules are AdamW's. A tensor
+that several blocks share, or a block and what is outside, is updated on the GPU.
 
 Longer than 400 lines: a step and the life around it are read in one piece.
 """
@@ -84,18 +90,18 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.exact_offload import GRADIENT_SLOTS, gradient_places, host_bytes
+from engines.costs.exact_offload import gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
 from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, UploadTarget, update_at_once
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.gradient_slots import GradientSlots
-from engines.cpu_updates.pipeline import UpdatePipeline
+from engines.cpu_updates.pipeline import GradientNotFinite, UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
-from engines.errors import InfeasiblePlan, NonFiniteLoss
+from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -121,7 +127,7 @@ from engines.offload.disk_states import DiskStates
 from engines.offload.disk_weights import DiskWeights
 from engines.offload.kept_states import KeptStates
 from engines.offload.streamed_weights import StreamedWeights
-from engines.settings.exact_offload import ExactOffloadSettings
+from engines.settings.exact_offload import GRADIENT_SLOTS, ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event
 from engines.transfer.loss_on_host import LossOnHost
@@ -158,7 +164,12 @@ class ExactOffload:
         self._disk_weights: DiskWeights | None = None
         """`None`: no block's weights are on disk."""
         self._world = context.world
-        check_ranks(self.name, self._world, disk_weights=settings.disk_weights)
+        check_ranks(
+            self.name,
+            self._world,
+            disk_weights=settings.disk_weights,
+            gpu_blocks=settings.gpu_blocks > 0,
+        )
         self._host_world: World = self._world if settings.offload else ALONE
         """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
@@ -169,6 +180,8 @@ class ExactOffload:
         """Of each block, (elements,): where its weights are, or are when they have come up."""
         self.streamed: StreamedWeights | None = None
         """Of streamed blocks."""
+        self._masters: list[MasterWeights] = []
+        """Of the blocks that the GPU updates, the model's first."""
         self._in_flight = UpdatesInFlight(self.link, self._compute)
         """Of each block, and of each tensor outside them that the host updates."""
 
@@ -194,10 +207,11 @@ class ExactOffload:
         if self.settings.outer == "host":
             non_block = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
         on_disk = self.settings.on_disk(len(layout.blocks))
-        self._check_host([block.size for block in layout.blocks], sum(each.size for each in non_block))
+        on_host_alone = self._on_host_alone(layout.blocks)
+        self._check_host([block.size for block in on_host_alone], sum(each.size for each in non_block))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            [*layout.blocks, *non_block],
+            [*on_host_alone, *non_block],
             self.settings,
             dtype=self._dtype,
             device=on_host,
@@ -226,6 +240,8 @@ class ExactOffload:
         self._slots = GradientSlots(layout.blocks, GRADIENT_SLOTS, self._dtype, self.link)
         self._norms = GradientNorms(self._num_groups, self.settings, self.link)
         self._loss = LossOnHost(self.link)
+        self._norm_on_gpu = LossOnHost(self.link)
+        """Squared, of what the GPU updated by in the last step: whether it is finite."""
         if self.settings.offload:
             leave_threads_to_adam()
             self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
@@ -239,6 +255,11 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
+
+    def _on_host_alone(self, blocks: Sequence[BlockLayout]) -> list[BlockLayout]:
+        """What the host has of each block: nothing of those that the GPU updates."""
+        count = self._on_gpu_count = self.settings.on_gpu(len(blocks))
+        return [BlockLayout(parts=(), size=0)] * count + list(blocks[count:])
 
     def _owners(self, on_disk: Collection[int]) -> list[int]:
         """Which rank updates each chunk: they take turns, but one has all of a block whose state is on
@@ -337,7 +358,8 @@ class ExactOffload:
             its = block.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
-            if index % self._host_world.local_size == self._host_world.local_rank:
+            is_its = index % self._host_world.local_size == self._host_world.local_rank
+            if is_its and not self._is_on_gpu(index):
                 self.host.weights[index].copy_(memory)
             self.on_gpu.append(memory)
             tensors |= its
@@ -348,6 +370,7 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
+        self._masters = [MasterWeights(each, self.settings) for each in self.own[: self._on_gpu_count]]
         self._take_non_block(non_block, [] if non_block else layout.non_block, parameters)
 
     def _take_non_block(
@@ -367,6 +390,10 @@ class ExactOffload:
             self._non_block_gradients.append(memory)
         self.last_non_block = set(range(self._num_blocks, self._num_groups))
         """Indices of those whose gradients were complete only at the end of the last step."""
+
+    def _is_on_gpu(self, index: int) -> bool:
+        """The GPU has the block's masters and moments, and updates it."""
+        return index < self._on_gpu_count
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -489,6 +516,8 @@ class ExactOffload:
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
         if self.streamed is None:
+            if index == self._on_gpu_count:  # by now the GPU has those before it to compute
+                self._check_norm_on_gpu()
             self._in_flight.settle(index)
         else:
             self.streamed.enter_forward(index)
@@ -513,7 +542,12 @@ class ExactOffload:
 
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
-        """The block's gradient is complete: download it and hand it to the worker."""
+        """The block's gradient is complete: download it and hand it to the worker, or update by it here."""
+        if self._is_on_gpu(index):
+            self._norms.take(index, self._slots.gradient(index))
+            if not self.settings.waits_for_norm:
+                self._update_on_gpu(index, self._norms.scale_by_previous(self._share))
+            return
         if self.streamed is not None:
             self.streamed.leave(index)
             self.streamed.forget(index)
@@ -530,6 +564,27 @@ class ExactOffload:
             consumed=give,
         )
         self._slots.leave(index, downloaded)
+
+    def _update_on_gpu(self, index: int, scale: Tensor | None) -> None:
+        """AdamW by the block's gradient, which is in its slot, times `scale` (1,), unless that or one that
+        backward reached before it is not finite."""
+        for parameter, gradient in zip(self.own[index], self._slots.gradients(index), strict=True):
+            parameter.grad = gradient
+        total = self._norms.of_groups[index : self._num_blocks].sum(0, keepdim=True)
+        self._masters[index].step(self._share.learning_rate, scale, total)
+        self._slots.leave(index, self.link.record())
+
+    def _check_norm_on_gpu(self) -> None:
+        """Raises `NonFiniteLoss` if a gradient that the GPU updates by was not finite in the last step."""
+        if self._masters and not math.isfinite(self._norm_on_gpu.read()):
+            self._norm_on_gpu = LossOnHost(self.link)
+            self._in_flight.discard()
+            raise NonFiniteLoss(str(GradientNotFinite(self.steps_done - 1)))
+
+    def _settle_all(self) -> None:
+        """Let the compute stream wait for all updates. Raises what the next step would."""
+        self._check_norm_on_gpu()
+        self._in_flight.settle_all()
 
     def _send(
         self,
@@ -629,6 +684,11 @@ class ExactOffload:
             assert self._kept is not None
             for index in range(self._num_groups):
                 self._kept.submit(index, self._in_flight.of(index), self._pipeline)
+        if self.settings.waits_for_norm:
+            for index in range(len(self._masters)):
+                self._update_on_gpu(index, scale)
+        if self._masters:
+            self._norm_on_gpu.send(self._norms.of_groups[: len(self._masters)].sum())
         # Finite where both are: another rank's gradient may be what is not.
         self._non_block.step(self._share.learning_rate, scale, own if squared is own else own + squared)
 
@@ -646,13 +706,13 @@ class ExactOffload:
 
     def evaluate(self, batches: Iterable[Batch]) -> Evaluation:
         """Loss and accuracy in evaluation mode, every update applied."""
-        self._in_flight.settle_all()
+        self._settle_all()
         with nullcontext() if self.streamed is None else self.streamed.coming_up(self.model):
             return evaluate_on_device(self.model, batches, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter once, on the host, every update applied; what is on disk a block at a time."""
-        self._in_flight.settle_all()
+        self._settle_all()
         return chain(model_weights(self._stored()), self._weights_on_disk())
 
     def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
@@ -668,10 +728,13 @@ class ExactOffload:
 
     def save(self, folder: Path) -> None:
         """Weights, low halves of masters, moments, step and random state."""
-        self._in_flight.settle_all()
+        self._settle_all()
         self.synchronize()
         state = rng_state(self.device) | self._non_block.state(self._names)
+        for each in self._masters:
+            state |= each.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
+        about["gpu_blocks"] = self._on_gpu_count
         assert self._kept is not None
         states, about["updates"] = self._kept.save(folder)
         state |= states
@@ -684,18 +747,25 @@ class ExactOffload:
 
     def load(self, folder: Path) -> None:
         """Continue from `save`: all ranks at the same time. Raises `UserError` for a checkpoint of another
-        model, dtype or moments."""
-        self._in_flight.settle_all()
+        model, dtype, moments or gpu_blocks."""
+        self._settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
+        if (saved := about.get("gpu_blocks", 0)) != self._on_gpu_count:
+            raise UserError(
+                str(folder),
+                f"has masters of {saved} blocks as the GPU has them, not of {self._on_gpu_count}",
+                f"resume with --set {self.name}.gpu_blocks={saved}",
+            )
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
-        on_gpu_first = 0 if self.streamed is None else self._num_blocks
+        on_gpu_first = self._on_gpu_count if self.streamed is None else self._num_blocks
         for index in range(on_gpu_first, self._num_groups):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
-        self._non_block.load(self._names, tensors)
+        for each in (*self._masters, self._non_block):
+            each.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
         if "total" in tensors:

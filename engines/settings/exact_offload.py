@@ -14,6 +14,9 @@ two."""
 
 Weights = Literal["resident", "streamed"]
 
+GRADIENT_SLOTS = 3
+"""Blocks whose gradients are on the GPU at once: one is being made, others are on their way down."""
+
 MOMENT_GROUP = 128
 """Neighbours that share a scale in `int8` moments. As in `cpu_adam.c`."""
 
@@ -38,6 +41,11 @@ class ExactOffloadSettings(CompiledBlockSettings):
     weight_slots: int = 3
     """With weights=streamed: how many blocks have room on the GPU at once. The last ones are still there when
     the forward pass turns, and come up once in a step, not twice. Plans choose more where that is faster."""
+    gpu_blocks: int = 0
+    """With weights=resident: the model's first so many blocks, at most all but the last, have masters and
+    moments on the GPU, in fp32, which updates them (12 bytes more per parameter there, none on the host).
+    Their gradients come last and their weights are wanted first, so that nothing hides what the CPU would do
+    for them. One process only. Plans choose as many as make a step faster, where there is room."""
     outer: Literal["gpu", "host"] = "gpu"
     """Where masters and moments are of what lies outside the blocks (embeddings, head): on the GPU, which
     updates it, or on the host with those of the blocks."""
@@ -70,6 +78,19 @@ class ExactOffloadSettings(CompiledBlockSettings):
             "set dropout=0, or kept_activations=all",
         )
         require(self.disk_blocks >= 0, "disk_blocks", "must not be negative")
+        require(self.gpu_blocks >= 0, "gpu_blocks", "must not be negative")
+        require(
+            self.gpu_blocks == 0 or self.weights == "resident",
+            "gpu_blocks",
+            "is for weights that stay on the GPU",
+            "set weights=resident, or gpu_blocks=0",
+        )
+        require(
+            self.gpu_blocks <= GRADIENT_SLOTS or not self.waits_for_norm,
+            "gpu_blocks",
+            f"is at most {GRADIENT_SLOTS} where clipping waits for the norm: their gradients wait on the GPU",
+            "set fewer, or clip_by=previous",
+        )
         require(self.weight_slots >= 2, "weight_slots", "must be at least 2: one computes, the next comes up")
         require(
             not self.disk_weights or (self.weights == "streamed" and self.disk_blocks > 0),
@@ -83,8 +104,12 @@ class ExactOffloadSettings(CompiledBlockSettings):
 
     def on_disk(self, num_blocks: int) -> range:
         """Which of a model's blocks have their states on disk."""
-        count = min(self.disk_blocks, num_blocks) if self.offload else 0
+        count = min(self.disk_blocks, num_blocks - self.on_gpu(num_blocks)) if self.offload else 0
         return range(num_blocks - count, num_blocks)
+
+    def on_gpu(self, num_blocks: int) -> int:
+        """How many of a model's first blocks the GPU updates: at least the last is left to the CPU."""
+        return min(self.gpu_blocks, num_blocks - 1)
 
     def weights_on_disk(self, num_blocks: int) -> range:
         """Which of a model's blocks have their weights there, too."""

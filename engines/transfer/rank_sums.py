@@ -71,7 +71,9 @@ def sum_of_losses(world: World, share: float) -> float:
     return float(total)
 
 
-def check_ranks(engine: str, world: World, *, machines: bool = False, disk_weights: bool = False) -> None:
+def check_ranks(
+    engine: str, world: World, *, machines: bool = False, disk_weights: bool = False, gpu_blocks: bool = False
+) -> None:
     """Raises `UserError` for what CPU updates cannot do on several ranks; with `machines` these may be on
     several machines."""
     if world.size == 1:
@@ -83,6 +85,11 @@ def check_ranks(engine: str, world: World, *, machines: bool = False, disk_weigh
         raise UserError(
             where, "has no weights on disk: each file is read and written by one process",
             f"leave out --set {engine}.disk_weights",
+        )  # fmt: skip
+    if gpu_blocks:
+        raise UserError(
+            where, "updates no blocks on the GPUs: each would want the gradients of all",
+            f"leave out --set {engine}.gpu_blocks",
         )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def predicted(arguments: argparse.Namespace) -> float | None:
     from profiles.machine import load_machine
     from profiles.planning.budget import budget_of
     from profiles.planning.context import PlanningContext
-    from profiles.planning.methods.exact_offload import hidden_above_tokens
+    from profiles.planning.crossover import hidden_above_tokens
 
     given = dict(each.split("=", 1) for each in arguments.set)
     workload = Workload(batch_size=arguments.batch_size, seq_len=arguments.seq_len, dtype="bf16")

@@ -61,7 +61,7 @@ def step_of(shape: ModelShape, told: Prediction, taken_s: float | None) -> Step 
 def published() -> Iterator[Step | None]:
     for folder in FOLDERS:
         job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-        job = as_it_ran(job, folder.name.rpartition("_")[2])
+        job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
         shape = resolve_shape(job)
         taken_s = {run.engine: run.summary.step_s_median for run in runs(folder)}
         for plan in plan_job(job, shape, machine, list(taken_s)):

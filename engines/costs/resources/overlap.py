@@ -97,9 +97,22 @@ def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """All micro-batches pass a block together, so that its gradients have the rest of the step to go down,
     through the CPU and up again, into the next forward pass, in chunks.
 
-    max over resources R of (total of R + `CHUNK_SHARE` of the largest layer's share of every other resource)
+    max over resources R but the GPU of (total of R + `CHUNK_SHARE` of the largest layer's share of every
+    other resource), and the GPU's total + max(0, what it waits for the first block that the CPU updates - its
+    own time for the blocks before that)
+
+    The gradients of that block are there all at once, when backward leaves it, and the next forward pass
+    wants its weights whole: it waits for the CPU's whole update, and a chunk's way down and up.
     """
-    return _pipelined_s(layers, micro_batches=1, chunk_share=CHUNK_SHARE)
+    first = next((at for at, layer in enumerate(layers) if _moves(layer)), len(layers))
+    wait_s = 0.0
+    if first < len(layers):
+        wanted = layers[first]
+        wait_s = wanted.cpu_s + CHUNK_SHARE * (wanted.d2h_s + wanted.h2d_s)
+    before_s = sum(layer.gpu_s for layer in layers[:first] if layer.backward_s > 0)
+    return _pipelined_s(
+        layers, micro_batches=1, chunk_share=CHUNK_SHARE, gpu_waits_s=max(0.0, wait_s - before_s)
+    )
 
 
 def held_back_s(layers: Sequence[LayerTimes], room: float) -> float:
@@ -135,12 +148,20 @@ def blockwise_after_norm_s(layers: Sequence[LayerTimes], micro_batches: int = 1)
     return max(max(backward, busy["d2h"]) + after, busy["host memory"], busy["disk"])
 
 
-def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float) -> float:
-    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `chunk_share`."""
+def _moves(layer: LayerTimes) -> bool:
+    """It gives link or CPU work."""
+    return layer.h2d_s + layer.d2h_s + layer.cpu_s > 0
+
+
+def _pipelined_s(
+    layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float, gpu_waits_s: float | None = None
+) -> float:
+    """Only the last of `micro_batches` gives the others work. Layers move on in shares of `chunk_share`.
+    `gpu_waits_s`: what a GPU waits that decides; `None`: for a share of the largest layer's way."""
     busy = busy_s(layers)
     host, disk = busy.pop("host memory"), busy.pop("disk")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
-    moving = [layer for layer in layers if layer.h2d_s + layer.d2h_s + layer.cpu_s > 0]
+    moving = [layer for layer in layers if _moves(layer)]
     share = {
         "gpu": chunk_share * max((layer.gpu_s / micro_batches for layer in moving), default=0.0),
         "h2d": chunk_share * max((layer.h2d_s for layer in moving), default=0.0),
@@ -151,7 +172,8 @@ def _pipelined_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: 
     fill = sum(share.values())
     others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu", "gpu to gpu"))
     # Reading goes on ahead, over the ends of layers and steps: it waits for nobody.
-    return max(host, disk, busy["gpu"] + fill - share["gpu"], *others)
+    waits_s = fill - share["gpu"] if gpu_waits_s is None else gpu_waits_s
+    return max(host, disk, busy["gpu"] + waits_s, *others)
 
 
 STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from engines.costs.exact_offload import few_gradient_blocks, gradient_places, state_bytes
-from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
+from engines.settings.exact_offload import GRADIENT_SLOTS, ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import gpu_bytes_needed
-from profiles.planning.context import AS_FAST, BESIDE_GPU, Choice, PlanningContext, SettingChange
+from profiles.planning.context import AS_FAST, Choice, PlanningContext, SettingChange
+from profiles.planning.crossover import clip_by, crossover_reason
 from profiles.planning.moments import faster_moments
 from profiles.units import format_bytes, format_seconds
 
@@ -25,8 +26,9 @@ NEAR_FASTEST = 1.02
 """A step this near to the fastest does where that would need more copies, or more room on the GPU for
 streamed blocks."""
 
-MOST_TOKENS = 1 << 24
-"""What does not hide with so many tokens a step never does."""
+WORTH_GPU_BLOCKS = 1.005
+"""A step within this factor of the fastest is not worth more blocks that the GPU updates, which take 12 bytes
+of its memory for each of their parameters."""
 
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
@@ -70,6 +72,11 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     reasons += _of_disk(context, settings)
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
+    if "gpu_blocks" not in given:
+        settings, its_reasons = _updated_by_gpu(context, given, settings)
+        if settings.gpu_blocks:
+            chosen["gpu_blocks"] = settings.gpu_blocks
+        reasons += its_reasons
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
         settings, its_reasons = _recomputed(context, given, settings)
         if settings.checkpointed_blocks != "all":
@@ -87,12 +94,11 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
                 "room"
             )
     if settings.max_grad_norm > 0 and "clip_by" not in given:
-        clip_by, reason = _clip_by(context, settings)
-        chosen["clip_by"] = clip_by
+        chosen["clip_by"], reason = clip_by(context, settings)
         settings = given.completed(**chosen).typed
         reasons.append(reason)
     reasons.append(_per_parameter(context, settings))
-    if (crossover := _crossover(context, settings)) is not None:
+    if (crossover := crossover_reason(context, settings)) is not None:
         reasons.append(crossover)
     faster = None if "moments" in given else faster_moments(context, settings, MOMENTS[1:])
     if faster is not None:
@@ -166,42 +172,13 @@ def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> 
     on_host = f"{element + state_bytes(element, settings.moments):.3g} bytes on the host"
     if settings.disk_blocks:
         on_host += f" ({element} of them where the rest is on disk)"
+    whose, there = "the blocks", blocks - settings.on_gpu(blocks)
+    if there < blocks:
+        whose = f"the {there} blocks that the CPU updates"
     return (
-        f"per parameter of the blocks: {on_gpu}, {on_host}, and room for "
-        f"the gradients of {gradient_places(blocks, settings)} of {blocks} blocks"
+        f"per parameter of {whose}: {on_gpu}, {on_host}, and room for "
+        f"the gradients of {gradient_places(blocks, settings)} of {there} blocks"
     )
-
-
-def hidden_above_tokens(context: PlanningContext, settings: ExactOffloadSettings) -> float | None:
-    """Tokens per step from which CPU and link hide behind the GPU (T* in `engines.costs.exact_offload`), in
-    one micro-batch of more and more sequences of the job's length: it belongs to machine and model, and what
-    a step takes whatever its tokens is not taken for theirs. `None`: there is no GPU, or the profile lacks a
-    figure; infinite: they never do."""
-    if context.machine.gpu is None or _hides(context, settings) is None:
-        return None
-
-    def spare_s(sequences: int) -> float:
-        """By how much the GPU takes longer than what is to hide behind it."""
-        workload = replace(context.workload, batch_size=max(1, sequences), accumulation=1)
-        gpu_s, others_s = _hides(replace(context, workload=workload), settings) or (0.0, 0.0)
-        return gpu_s - others_s if sequences else -others_s
-
-    most = MOST_TOKENS // context.workload.seq_len + 1
-    sequences = bisect_left(range(most), True, key=lambda count: spare_s(count) >= 0)
-    if sequences == most:
-        return math.inf
-    above, below = spare_s(sequences), spare_s(max(0, sequences - 1))
-    beyond = above / (above - below) if above > below else 0.0
-    return context.workload.seq_len * (sequences - beyond)
-
-
-def _hides(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[float, float] | None:
-    """Seconds of a step for which the GPU hides what is beside it, and of what that is."""
-    times = context.resource_s(settings)
-    if times is None or not times["gpu"]:
-        return None
-    window = 1 / 3 if settings.waits_for_norm else 1.0  # the next forward pass alone
-    return window * times["gpu"], max(times[name] for name in BESIDE_GPU)
 
 
 def _fitting(
@@ -212,7 +189,7 @@ def _fitting(
     where it is as fast; on disk if need be, and last with room for the fewest gradients. Where nothing fits,
     what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
-    weights = (settings.weights,) if "weights" in given else WEIGHTS
+    weights = (settings.weights,) if "weights" in given or settings.gpu_blocks else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
     hidden = (settings.hidden_states,) if "hidden_states" in given else HIDDEN_STATES
     few = few_gradient_blocks(context.shape.num_blocks)
@@ -279,6 +256,45 @@ def _finished(
     if settings.streams and "weight_slots" not in given:
         settings = replace(settings, weight_slots=_weight_slots(context, settings))
     return settings
+
+
+def _updated_by_gpu(
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+) -> tuple[ExactOffloadSettings, list[str]]:
+    """`settings` with as few blocks that the GPU updates as make a step nearly as fast as with any number for
+    which there is room, what is recomputed for that room included; and why."""
+    usable, blocks = context.budget.fillable_gpu_bytes, context.shape.num_blocks
+    elsewhere = settings.streams or settings.disk_blocks > 0 or not settings.offload
+    if usable is None or elsewhere or context.ranks > 1:
+        return settings, []
+    most = blocks - 1
+    if settings.max_grad_norm > 0:  # how gradients are clipped is chosen later
+        most = min(most, GRADIENT_SLOTS)
+    step_s: dict[int, float] = {}
+    for count in _counts(most):
+        tried = replace(settings, gpu_blocks=count)
+        if context.workload.checkpointing and "checkpointed_blocks" not in given:
+            tried, _ = _recomputed(context, given, tried)
+        if gpu_bytes_needed(context.cost(tried), context.budget) > usable and count > 0:
+            break
+        step_s[count] = context.step_s(tried) or math.inf
+    enough_s = WORTH_GPU_BLOCKS * min(step_s.values())
+    chosen = next(count for count, its_s in step_s.items() if its_s <= enough_s)
+    if chosen == 0 or enough_s == math.inf:
+        return settings, []
+    with_it, without_it = format_seconds(step_s[chosen]), format_seconds(step_s[0])
+    return replace(settings, gpu_blocks=chosen), [
+        f"gpu_blocks={chosen}: masters and moments of the first {chosen} of {blocks} blocks have room on the "
+        f"GPU, which updates them; a step takes {with_it}, without that {without_it}"
+    ]
+
+
+def _counts(most: int) -> list[int]:
+    """Numbers of blocks to try, up to `most`: each, then in steps of about a quarter."""
+    found = [0]
+    while found[-1] < most:
+        found.append(min(most, found[-1] + max(1, found[-1] // 4)))
+    return found
 
 
 def _partly_on_disk(
@@ -368,31 +384,3 @@ def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> i
         return settings.weight_slots
     enough_s = NEAR_FASTEST * step_s(fitting[-1])
     return fitting[bisect_left(fitting, True, key=lambda count: step_s(count) <= enough_s)]
-
-
-def _clip_by(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[str, str]:
-    exact = replace(settings, clip_by="exact")
-    crossover, times = hidden_above_tokens(context, exact), _hides(context, exact)
-    fits = (
-        context.why_missing(exact) is None
-        or context.why_missing(replace(exact, clip_by="previous")) is not None
-    )
-    if crossover is None or times is None or (fits and times[0] >= times[1]):
-        return "exact", "clip_by=exact: gradients are clipped by their own norm; to wait for it hides"
-    until = "never hides" if crossover == math.inf else f"hides from {crossover:,.0f} tokens per step"
-    return "previous", (
-        "clip_by=previous: gradients are clipped by the norm of the step before, a method of its own; to "
-        f"wait for their own {until}"
-    )
-
-
-def _crossover(context: PlanningContext, settings: ExactOffloadSettings) -> str | None:
-    tokens, crossover = context.workload.tokens_per_step, hidden_above_tokens(context, settings)
-    times = context.resource_s(settings)
-    if crossover is None or times is None:
-        return None
-    slowest = max(BESIDE_GPU, key=times.__getitem__)
-    beside = f"the slowest beside the GPU, {slowest} ({format_seconds(times[slowest])}),"
-    if crossover == math.inf:
-        return f"{beside} hides behind it with no number of tokens per step"
-    return f"{beside} hides behind it from {crossover:,.0f} tokens per step on; this job has {tokens:,}"

@@ -837,6 +837,12 @@ def test_layerwise_shows_one_layers_tail() -> None:
     assert STEP_TIME["layerwise"](slow_cpu, 4) == 80 + 1 + 1 + 1 + 30
     # In quarters of a block, however many micro-batches there are; all of it behind the next forward pass.
     assert STEP_TIME["blockwise"](slow_cpu, 4) == STEP_TIME["blockwise"](slow_cpu, 1) == 80 + 1 + 0.25 + 0.25
+    # The first block's update is waited for, and what the GPU has to do meanwhile hides it.
+    assert STEP_TIME["blockwise"](layers, 1) == 40 + 2 + 0.25 + 0.25
+    on_gpu = replace(layer, h2d_s=0.0, d2h_s=0.0, cpu_s=0.0)
+    assert STEP_TIME["blockwise"]([on_gpu, *layers], 1) == 44
+    of_short_blocks = [replace(on_gpu, gpu_s=2.0), *layers]
+    assert STEP_TIME["blockwise"](of_short_blocks, 1) == 42 + 2 + 0.25 + 0.25 - 2
 
 
 @given(layers=LAYERS, room=st.floats(0, 1), backward_share=st.floats(0, 1))

@@ -174,6 +174,36 @@ class TestTwin:
         assert {each.h2d_bytes for each in found.stats} == {sum(uploads) * block + non_block}
 
     @pytest.mark.parametrize(
+        ("family", "dtype", "count", "changes"),
+        [
+            ("opt", "fp32", 1, {}),
+            ("llama", "bf16", 2, {"outer": "host", "moments": "int8"}),
+            ("gpt2", "bf16", 3, {"max_grad_norm": 0.5}),
+            ("qwen2", "bf16", 4, {"max_grad_norm": 0.5, "clip_by": "previous"}),
+            ("deberta-v2", "bf16", 9, {"checkpointed_blocks": 2, "disk_blocks": 3}),
+            ("roberta", "bf16", 2, {"hidden_states": "host"}),
+        ],
+    )
+    def test_equal_where_the_gpu_updates_the_first_blocks(
+        self, family: str, dtype: Dtype, count: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At most all but the last; nothing of them crosses the link."""
+        batches, ctx = tiny_batches(12, family), context(dtype, 2)
+        with running(family, ctx, offload=False, gpu_blocks=count, **changes) as twin:
+            expected = train(twin, batches, 2)
+            evaluated = twin.evaluate(batches)
+        let_calls_be_late(monkeypatch)
+        with running(family, ctx, gpu_blocks=count, **changes) as engine:
+            found = train(engine, batches, 2)
+            assert_same(found, expected)
+            assert engine.evaluate(batches) == evaluated
+            on_host = [bool(chunks) for chunks in engine.host.chunks[:BLOCKS]]
+            assert on_host == [index >= min(count, BLOCKS - 1) for index in range(BLOCKS)]
+            if engine.hidden_states is None:
+                went_up = sum(each.nbytes for each in engine.on_gpu[min(count, BLOCKS - 1) :])
+                assert {each.h2d_bytes for each in found.stats} == {went_up}
+
+    @pytest.mark.parametrize(
         ("family", "tied", "changes"),
         [
             ("llama", False, {}),
@@ -574,6 +604,8 @@ class TestLife:
             ("bf16", {"weights": "streamed", "outer": "host"}),
             ("bf16", {"disk_blocks": 4}),
             ("bf16", {"disk_blocks": 4, **WEIGHTS_ON_DISK}),
+            ("bf16", {"gpu_blocks": 2}),
+            ("fp32", {"gpu_blocks": 3, "max_grad_norm": 0.5}),
             ("bf16", {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous"}),
         ],
     )
@@ -616,6 +648,19 @@ class TestLife:
         with (
             running("opt", moments="bf16") as engine,
             pytest.raises(UserError, match="same dtype, moments and disk_weights"),
+        ):
+            engine.load(tmp_path)
+
+    @pytest.mark.parametrize("counts", [(2, 1), (0, 1), (1, 0)])
+    def test_states_of_other_blocks_on_the_gpu_are_refused(
+        self, counts: tuple[int, int], tmp_path: Path
+    ) -> None:
+        before, now = counts
+        with running("opt", gpu_blocks=before) as engine:
+            engine.save(tmp_path)
+        with (
+            running("opt", gpu_blocks=now) as engine,
+            pytest.raises(UserError, match=f"resume with --set exact-offload.gpu_blocks={before}"),
         ):
             engine.load(tmp_path)
 
@@ -798,6 +843,30 @@ class TestFaults:
             assert all(torch.isfinite(parameter).all() for parameter in engine.model.parameters())
             for chunk, moment in zip(engine.host.chunks[0], moments, strict=True):
                 assert torch.equal(chunk.memory.moment, moment)
+
+    @pytest.mark.parametrize("clip", CLIPS)
+    @pytest.mark.parametrize("block", [0, 3])
+    def test_a_gradient_that_is_not_finite_changes_no_block_that_the_gpu_updates(
+        self, clip: dict[str, Any], block: int, tmp_path: Path
+    ) -> None:
+        """Of one of them, or of one that backward reached before them."""
+        with running("opt", gpu_blocks=2, **clip) as engine:
+            batches = tiny_batches(4, "opt")
+            engine.step(batches[:1])
+            engine.save(tmp_path)
+            before = weights(engine)
+            hook = engine.own[block][0].register_hook(lambda gradient: gradient * math.nan)
+            assert math.isfinite(engine.step(batches[1:2]).loss)
+            hook.remove()
+            with pytest.raises(NonFiniteLoss, match="gradient of step 1"):
+                engine.step(batches[2:3])
+            unchanged = {id(parameter) for own in engine.own[: min(2, block + 1)] for parameter in own}
+            found = [name for name, each in engine.model.named_parameters() if id(each) in unchanged]
+            assert len(found) == len(unchanged)
+            for name in found:
+                assert torch.equal(engine.model.get_parameter(name).detach(), before[name]), name
+            engine.load(tmp_path)
+            assert math.isfinite(engine.step(batches[3:]).loss)
 
     def test_a_loss_that_is_not_finite_is_told_at_once(self) -> None:
         with running("opt") as engine:

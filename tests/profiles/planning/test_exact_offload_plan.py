@@ -44,9 +44,12 @@ def plan(
     shape: ModelShape = DEEPSEEK_7B,
     given: dict[str, object] | None = None,
     machine: Machine = H200,
+    chooses_gpu_blocks: bool = False,
     **limits: int,
 ) -> Plan:
+    """The CPU updates all blocks, unless the plan chooses which."""
     workload = Workload(batch_size=4, seq_len=1024, accumulation=tokens // 4096, dtype="bf16")
+    given = dict(given or {}) if chooses_gpu_blocks else {"gpu_blocks": 0, **(given or {})}
     overrides = given_for_each({NAME: given}) if given else {}
     (only,) = recommend(machine, shape, workload, [NAME], overrides, **limits)  # type: ignore[arg-type]
     return only
@@ -82,6 +85,36 @@ def crossover(found: Plan) -> int:
     told = re.search(r"from ([\d,]+) tokens", reason)
     assert told is not None, reason
     return int(told[1].replace(",", ""))
+
+
+def test_blocks_that_the_gpu_updates_are_as_many_as_pay_and_have_room() -> None:
+    """At 6.7B and 4,096 tokens the CPU decides: each such block takes some of its work. With 32 thousand it
+    does not, but for the first block's update, which nothing hides."""
+
+    def chosen(tokens: int, gpu_gb: int, given: dict[str, object] | None = None) -> Plan:
+        return plan(tokens, given=given, chooses_gpu_blocks=True, vram_bytes=gpu_gb * GB)
+
+    counts, times = [], []
+    for gpu_gb in (24, 40, 60, 140):
+        found = chosen(4096, gpu_gb)
+        assert found.fits
+        assert found.prediction.peak_gpu_bytes is not None
+        assert found.prediction.peak_gpu_bytes <= gpu_gb * GB
+        counts.append(int(found.settings.get("gpu_blocks", 0)))  # type: ignore[call-overload]
+        times.append(found.prediction.step_s)
+        one = plan(4096, given={"gpu_blocks": 0}, vram_bytes=gpu_gb * GB)
+        assert times[-1] is not None
+        assert one.prediction.step_s is not None
+        assert times[-1] <= one.prediction.step_s
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 4
+    assert times == sorted(times, key=lambda step_s: -(step_s or 0.0))
+    assert chosen(32768, 140).settings["gpu_blocks"] == 1
+    # The user's word stays, and what it cannot go with is not chosen.
+    assert chosen(4096, 140, {"gpu_blocks": 2}).settings["gpu_blocks"] == 2
+    assert "gpu_blocks" not in chosen(4096, 140, {"weights": "streamed"}).settings
+    clipped = chosen(4096, 140, {"max_grad_norm": 1.0}).settings
+    assert clipped["gpu_blocks"] == 3
 
 
 def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> None:
