@@ -427,6 +427,7 @@ class TestTwin:
             {"gradient_blocks": "auto"},
             {"weights": "streamed", "hidden_states": "host"},
             {"weights": "streamed", "outer": "host", "hidden_states": "host", **CLIPS[2]},
+            *({"gpu_blocks": 2, **each} for each in CLIPS),
         ],
     )
     @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -448,8 +449,9 @@ class TestTwin:
             {},
             {"moments": "bf16", "max_grad_norm": 0.5, "clip_by": "previous", "gradient_blocks": "auto"},
             {"weights": "streamed", "outer": "host", "hidden_states": "host", "moments": "int8"},
+            {"gpu_blocks": 2},
         ],
-        ids=["resident", "bf16", "streamed"],
+        ids=["resident", "bf16", "streamed", "gpu"],
     )
     def test_equal_over_many_steps_with_late_copies(
         self, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -481,6 +483,7 @@ class TestTwin:
             {"checkpointed_blocks": 1, "kept_activations": "products"},
             {"weights": "streamed", "weight_slots": 4, "kept_activations": "products"},
             {"disk_blocks": 5, **WEIGHTS_ON_DISK},
+            {"gpu_blocks": 3, "checkpointed_blocks": 2},
         ],
     )
     def test_equal_on_the_gpu_compiled(self, changes: dict[str, Any]) -> None:
@@ -494,8 +497,8 @@ class TestTwin:
 
 class TestNative:
     @pytest.mark.parametrize("family", FAMILIES)
-    @pytest.mark.parametrize("accumulation", [1, 2])
-    def test_equals_native_in_fp32(self, family: str, accumulation: int) -> None:
+    @pytest.mark.parametrize(("accumulation", "gpu_blocks"), [(1, 0), (2, 0), (2, 3)])
+    def test_equals_native_in_fp32(self, family: str, accumulation: int, gpu_blocks: int) -> None:
         """The same arithmetic, rounded in another order: weights within 1e-5, losses within 1e-6."""
         batches = tiny_batches(6 * accumulation, family)
         outcomes = []
@@ -503,6 +506,8 @@ class TestNative:
             own: Any = NativeSettings if kind is Native else ExactOffloadSettings
             # eps: where a gradient is rounding error, Adam makes it a sign.
             settings = own(learning_rate=3e-3, weight_decay=0.1, adam_eps=1e-5)
+            if kind is ExactOffload:
+                settings = replace(settings, gpu_blocks=gpu_blocks)
             engine: Any = kind(settings, context(accumulation=accumulation, checkpointing=False))
             engine.setup(tiny_blueprint(family, family == "opt", num_blocks=BLOCKS))
             outcomes.append(train(engine, batches, accumulation))
