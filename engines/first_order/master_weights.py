@@ -14,6 +14,10 @@ from engines.settings.first_order import AdamWSettings
 from engines.transfer.rank_sums import sum_gradients
 from engines.world import World
 
+WIDENED_ELEMENTS = 32 << 20
+"""Of gradients that are there in fp32 together, unless one tensor alone has more. Updates of many tensors in
+one go spare what starting each takes the CPU."""
+
 
 class MasterWeights:
     """Parameters in bf16 with masters and moments in fp32, by torch's fused AdamW: 14 bytes each with the
@@ -25,6 +29,8 @@ class MasterWeights:
             each if each.dtype == torch.float32 else nn.Parameter(each.detach().float())
             for each in self._parameters
         ]
+        self._together = grouped([each.numel() for each in self._parameters], WIDENED_ELEMENTS)
+        """Numbers of those that a step widens and updates together."""
         self._adam = with_moments(make_adamw(self._masters, settings)) if self._masters else None
 
     def sum_over_ranks(self, world: World) -> None:
@@ -48,19 +54,24 @@ class MasterWeights:
         # Read by the fused kernel on the device: nothing changes if it is not zero.
         self._adam.found_inf = total[0].isfinite().logical_not().float()  # type: ignore[attr-defined]
         gradients = [parameter.grad for parameter in self._parameters]
-        for parameter in self._parameters:  # which may be its own master: a step is for one alone
+        for parameter in self._parameters:  # which may be its own master: a step is for one group alone
             parameter.grad = None
-        for number, (parameter, master) in enumerate(self._pairs()):
-            gradient = gradients[number]
-            if gradient is None:
+        for group in self._together:
+            found = [number for number in group if gradients[number] is not None]
+            if not found:
                 continue
-            gradients[number] = None
-            gradient = gradient.float()  # one at a time: the widened copies are never there together
-            master.grad = gradient if scale is None else gradient * scale[0]
+            masters = [self._masters[number] for number in found]
+            for number, master in zip(found, masters, strict=True):
+                gradient = gradients[number]
+                assert gradient is not None
+                gradients[number] = None
+                widened = gradient.float()
+                master.grad = widened if scale is None else widened * scale[0]
             self._adam.step()
-            master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
+            for number, master in zip(found, masters, strict=True):
+                master.grad = None
+                if master is not self._parameters[number]:
+                    self._parameters[number].copy_(master)
 
     def state(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         """Masters and moments by name, for a checkpoint."""
@@ -88,3 +99,17 @@ class MasterWeights:
 
     def _names(self, names: Mapping[Tensor, str]) -> dict[Tensor, str]:
         return {master: names[parameter] for parameter, master in self._pairs()}
+
+
+def grouped(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of neighbours of these `sizes` that have at most `most` together, or what the largest has."""
+    most = max(most, *sizes, 0)
+    found: list[list[int]] = []
+    of_last = most
+    for number, size in enumerate(sizes):
+        if of_last + size > most:
+            found.append([])
+            of_last = 0
+        found[-1].append(number)
+        of_last += size
+    return found

@@ -134,6 +134,7 @@ CASES = (
     ),
     Case(engine="lsp", family="llama", settings={"d": "16", "compile": "false", "weights": "streamed"}),
     Case(engine="exact-offload", family="llama", settings={"compile": "false"}),
+    Case(engine="exact-offload", family="llama", settings={"compile": "false", "gpu_blocks": "11"}),
     Case(engine="torchao-offload", family="llama"),
     Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
     Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
