@@ -139,6 +139,9 @@ KEPT_BY_THE_CARD_BYTES = 644_939_776
 """Of an H200's memory, by NVML: no process is told of them, and NVML counts them as in use."""
 GRAPHS_OF_THEIR_OWN = "20261124"
 """Date of records whose `lsp` ran its graphs in a pool for each."""
+BETWEEN_PEAKS = {"deepseek-coder-1.3b-16k-tokens_h200_20261130 lora"}
+"""Methods of a record at whose peak NVML never looked: it saw less beside what torch reserved at its peak
+than the record's own profile measured of a process that does nothing, which no process can do without."""
 
 
 def memory_runs() -> list[tuple[str, Run, Traffic]]:
@@ -178,25 +181,24 @@ def test_reserved_memory_is_what_is_predicted() -> None:
 
 
 def test_what_cuda_takes_beside_it_is_what_is_predicted() -> None:
-    """Within 0.1 GB, page tables of up to 178 GB of pinned memory included.
+    """Within 0.15 GB, page tables of up to 178 GB of pinned memory included.
 
     Of the processes of a method, the one in which it is most: NVML is asked now and then, and may look
-    between two peaks. Where it saw less than CUDA's
-    context alone, it never looked at the peak.
+    between two peaks.
     """
-    looked, missed = 0, []
     for name, run, cost in memory_runs():
-        every = [load_run(path) for path in (RESULTS / name.split()[0]).glob("runs/*.json")]
+        folder = RESULTS / name.split()[0]
+        every = [load_run(path) for path in folder.glob("runs/*.json")]
         of_method = [each.summary for each in every if each.engine == run.engine]
         peaks = [(each.peak_gpu_nvml_bytes, each.peak_gpu_reserved_bytes) for each in of_method]
         seen = [used - reserved for used, reserved in peaks if used is not None and reserved is not None]
         if not seen or (run.engine == "lsp" and GRAPHS_OF_THEIR_OWN in name):
             continue
         beside = max(seen) - KEPT_BY_THE_CARD_BYTES
-        if beside < BUDGET.context_bytes - 0.15e9:
-            missed.append(name)
+        if name in BETWEEN_PEAKS:
+            gpu = load_machine(folder / "machine.json").gpu
+            assert gpu is not None
+            assert gpu.process_bytes.value is not None, name
+            assert beside < gpu.process_bytes.value, name
             continue
-        looked += 1
         assert abs(beside - beside_torch_bytes(cost, BUDGET)) < 0.15e9, name
-    assert looked > 40
-    assert len(missed) < 0.05 * looked, missed
