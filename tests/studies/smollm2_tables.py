@@ -42,6 +42,7 @@ TASKS = {
         ("lsp, d = 3n/4", "smollm2-135m-sst2-lsp-three-quarters_h200_20261129"),
         ("lsp, d = n/4", "smollm2-135m-sst2-lsp-quarter_h200_20261129"),
         ("lsp, d = n/4, residual=1", "smollm2-135m-sst2-lsp-quarter-residual_h200_20261129"),
+        ("galore", "smollm2-135m-sst2-galore_h200_20261130"),
         ("mezo", "smollm2-135m-sst2_h200_20261129"),
         ("zo2", "smollm2-135m-sst2_h200_20261129"),
     ),
@@ -49,10 +50,20 @@ TASKS = {
         ("native", "smollm2-135m-sst2-fp32_h200_20261129"),
         ("lsp, d = n/2", "smollm2-135m-sst2-fp32-lsp_h200_20261129"),
     ),
+    "SST-2, fp32, chosen by the loss": (
+        ("native", "smollm2-135m-sst2-fp32-loss_h200_20261130"),
+        ("lsp, d = n/2", "smollm2-135m-sst2-fp32-loss-lsp_h200_20261130"),
+    ),
     "WikiText-2, bf16": (
         ("native", "smollm2-135m-wikitext2_h200_20261129"),
         ("lora", "smollm2-135m-wikitext2-lora_h200_20261129"),
         ("lsp, d = n/2", "smollm2-135m-wikitext2-lsp_h200_20261129"),
+    ),
+    "Instruction records, bf16": (
+        ("native", "smollm2-135m-alpaca_h200_20261130"),
+        ("lora", "smollm2-135m-alpaca_h200_20261130"),
+        ("exact-offload", "smollm2-135m-alpaca-exact-offload_h200_20261130"),
+        ("lsp, d = n/2", "smollm2-135m-alpaca-lsp_h200_20261130"),
     ),
     "CoLA, bf16": (
         ("native", "smollm2-135m-cola_h200_20261130"),
@@ -308,7 +319,9 @@ def _chosen(trial: TrialRecord) -> tuple[Evaluated, Evaluated, Evaluated]:
 PICTURES = {
     "SST-2, bf16": "sst2.svg",
     "SST-2, fp32": "sst2-fp32.svg",
+    "SST-2, fp32, chosen by the loss": "sst2-fp32-loss.svg",
     "WikiText-2, bf16": "wikitext2.svg",
+    "Instruction records, bf16": "instruct.svg",
     "CoLA, bf16": "cola.svg",
     "MRPC, bf16": "mrpc.svg",
 }

@@ -62,6 +62,28 @@ def test_lsp_at_half_lies_within_a_point_of_native_and_zo2_is_mezo() -> None:
     assert by_label["zo2"].tests == by_label["mezo"].tests
 
 
+def test_accuracy_and_loss_chose_weights_of_the_same_trainings() -> None:
+    by_accuracy, by_loss = (
+        {each.label: each.finals for each in methods_of(task)}
+        for task in ("SST-2, fp32", "SST-2, fp32, chosen by the loss")
+    )
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    for label, finals in by_accuracy.items():
+        told = []
+        for mine, other in zip(finals, by_loss[label], strict=True):
+            curves = [
+                [
+                    (each.step, each.metrics["loss"], each.metrics["accuracy"])
+                    for each in one.learned.evaluations
+                ]
+                for one in (mine, other)
+            ]
+            assert curves[0] == curves[1]
+            assert other.learned.test is not None
+            told.append(f"{other.learned.test['accuracy']:.3f}")
+        assert f"{told[0]}, {told[1]} and {told[2]}" in page
+
+
 def test_a_value_is_reached_where_the_next_evaluation_confirms_it() -> None:
     trial = methods_of("SST-2, bf16")[0].finals[0]
     values = [each.metrics["accuracy"] for each in trial.learned.evaluations]

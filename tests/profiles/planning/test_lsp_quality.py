@@ -74,16 +74,32 @@ def test_the_numbers_on_real_weights_are_those_of_the_records() -> None:
 
 
 def test_the_numbers_on_other_tasks_are_those_of_the_records() -> None:
-    for study in PLAIN[3:]:
-        task = "MRPC, bf16" if "MRPC" in study.name else "CoLA, bf16"
+    tasks = (
+        "SST-2, fp32, chosen by the loss",
+        "WikiText-2, bf16",
+        "Instruction records, bf16",
+        "MRPC, bf16",
+        "CoLA, bf16",
+    )
+    named = {
+        "accuracy": "accuracy",
+        "Matthews correlation": "matthews",
+        "per token": "perplexity_per_token",
+    }
+    for study, task in zip(PLAIN[3:], tasks, strict=True):
+        assert task.split(",")[0].lower() in study.name.lower()
         by_label = {each.label: each for each in methods_of(task)}
-        assert study.unit == {"matthews": "Matthews correlation"}.get(
-            by_label["native"].metric, by_label["native"].metric
+        whole_of, half_of = (
+            [(each.learned.test or {})[named[study.unit]] for each in by_label[label].finals]
+            for label in (study.whose.removesuffix("'s"), "lsp, d = n/2")
         )
-        whole = fmean(by_label[study.whose.removesuffix("'s")].tests)
-        points = sorted(100 * (whole - each) for each in by_label["lsp, d = n/2"].tests)
-        assert study.found == {0.5: pytest.approx((fmean(points), points[0], points[2]), abs=0.06)}
-    assert {each.whose for each in PLAIN[3:]} == {"exact-offload's"}
+        whole = fmean(whole_of)
+        if study.unit == "per token":
+            behind = sorted(100 * (each / whole - 1) for each in half_of)
+        else:
+            behind = sorted(100 * (whole - each) for each in half_of)
+        assert study.found == {0.5: pytest.approx((fmean(behind), behind[0], behind[2]), abs=0.06)}
+    assert [each.whose for each in PLAIN[3:]] == ["native's"] * 2 + ["exact-offload's"] * 3
 
 
 def test_a_size_that_a_study_lacks_is_not_told_of_it() -> None:
@@ -92,7 +108,10 @@ def test_a_size_that_a_study_lacks_is_not_told_of_it() -> None:
     assert "not known" in told
     known = quality_reasons(0.5, 135 * 10**6, residual=False)
     assert "not known" not in " ".join(known)
-    assert "0.4 points (-0.1 to 0.7) above native's accuracy" in known[-3]
+    assert "0.4 points (-0.1 to 0.7) above native's accuracy" in known[-6]
+    assert "0.1 points (-0.2 to 0.4) above native's accuracy" in known[-5]
+    assert "0.1 % (-0.2 to 0.4) above native's perplexity per token" in known[-4]
+    assert "0.1 % (-0.4 to 0.9) below exact-offload's perplexity per token" in known[-3]
     assert "2.8 points (1.7 to 3.6) below exact-offload's accuracy" in known[-2]
     assert "6.2 points (1.8 to 13.3) below exact-offload's Matthews correlation" in known[-1]
     assert "SmolLM2" in quality_reasons(0.25, 10**6, residual=True)[-1]
