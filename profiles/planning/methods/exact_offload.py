@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Literal
 
 from engines.costs.exact_offload import few_gradient_blocks, gradient_places, state_bytes
-from engines.settings.exact_offload import GRADIENT_SLOTS, ExactOffloadSettings, Moments, Weights
+from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import gpu_bytes_needed
-from profiles.planning.context import AS_FAST, Choice, PlanningContext, SettingChange
+from profiles.planning.context import Choice, PlanningContext, SettingChange
 from profiles.planning.crossover import clip_by, crossover_reason
+from profiles.planning.gpu_room import (
+    NEAR_FASTEST,
+    counts_to_try,
+    finished,
+    may_leave_blocks_to_gpu,
+    most_gpu_blocks,
+    recomputed_for_room,
+    weight_slots_for_room,
+    with_gpu_blocks,
+)
 from profiles.planning.moments import faster_moments
 from profiles.units import format_bytes, format_seconds
-
-NO_SLOWER = 1.001
-"""A step within this factor of the fastest is not worth a block's activations. Of 32 blocks one that runs
-again takes 0.008 of a step that the GPU decides."""
-
-NEAR_FASTEST = 1.02
-"""A step this near to the fastest does where that would need more copies, or more room on the GPU for
-streamed blocks."""
-
-WORTH_GPU_BLOCKS = 1.005
-"""A step within this factor of the fastest is not worth more blocks that the GPU updates, which take 12 bytes
-of its memory for each of their parameters."""
-
-SLOWER_UPDATES = 1.2
-"""What updates took in runs, of what is predicted: 1.1 to 1.4 times, where the GPU took as long (6.7B, 16
-thousand tokens a step). Blocks are left to the GPU by this, as its memory would else be idle."""
 
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
@@ -77,19 +71,22 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     if settings.moments != "fp32":
         reasons.append(f"approximate: Adam's moments in {settings.moments}; fp32 master weights are exact")
     if "gpu_blocks" not in given:
-        settings, its_reasons = _updated_by_gpu(context, given, settings)
+        least = settings.gpu_blocks
+        settings, its_reasons = with_gpu_blocks(context, given, settings)
         if settings.gpu_blocks:
             chosen["gpu_blocks"] = settings.gpu_blocks
+        if least and not its_reasons:
+            its_reasons = [f"gpu_blocks={least}: {_why(context, given, settings, 'gpu_blocks', 0)}"]
         reasons += its_reasons
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
-        settings, its_reasons = _recomputed(context, given, settings)
+        settings, its_reasons = recomputed_for_room(context, given, settings)
         if settings.checkpointed_blocks != "all":
             chosen["checkpointed_blocks"] = settings.checkpointed_blocks
         if "kept_activations" not in given and settings.kept_activations != "all":
             chosen["kept_activations"] = settings.kept_activations
         reasons += its_reasons
     if settings.streams and "weight_slots" not in given:
-        more = _weight_slots(context, settings)
+        more = weight_slots_for_room(context, settings)
         if more > settings.weight_slots:
             chosen["weight_slots"] = more
             settings = replace(settings, weight_slots=more)
@@ -125,7 +122,7 @@ def _why(
     missing = context.why_missing(without)
     if missing is not None:
         return f"without it the job {missing}"
-    times = (context.step_s(_finished(context, given, each)) for each in (found, without))
+    times = (context.step_s(finished(context, given, each)) for each in (found, without))
     with_it, without_it = map(format_seconds, times)
     return f"with the room that it leaves a step takes {with_it}, without it {without_it}"
 
@@ -190,8 +187,8 @@ def _fitting(
 ) -> ExactOffloadSettings:
     """What fits: the least approximate moments; then the fastest of room for all blocks' gradients or a
     third's, of where weights and hidden states are and of who updates what is outside the blocks, the GPU
-    where it is as fast; on disk if need be, and last with room for the fewest gradients. Where nothing fits,
-    what takes the least of the memory that is too small."""
+    where it is as fast; with blocks left to the GPU, or on disk, if need be, and last with room for the
+    fewest gradients. Where nothing fits, what takes the least of the memory that is too small."""
     moments = (settings.moments,) if "moments" in given else MOMENTS
     weights = (settings.weights,) if "weights" in given or settings.gpu_blocks else WEIGHTS
     outer = (settings.outer,) if "outer" in given else OUTER
@@ -212,6 +209,10 @@ def _fitting(
         mine = [each for each in tried if each.moments == kept]
         with_room = [replace(each, gradient_blocks=room) for room in rooms for each in mine]
         fitting = [each for each in with_room if context.why_missing(each) is None]
+        if not fitting and may_leave_blocks_to_gpu(context, given, settings):
+            counts = counts_to_try(most_gpu_blocks(context, settings))
+            on_gpu = (replace(each, gpu_blocks=n) for n in counts for each in with_room if not each.streams)
+            fitting = list(islice((each for each in on_gpu if context.why_missing(each) is None), 1))
         if fitting:
             return _fastest(context, given, fitting)
     if "disk_blocks" not in given and settings.offload:
@@ -246,64 +247,9 @@ def _fastest(
     context: PlanningContext, given: GivenSettings, fitting: Sequence[ExactOffloadSettings]
 ) -> ExactOffloadSettings:
     """The first that is nearly as fast as any, by prediction, each with what else is chosen for it."""
-    times = [context.step_s(_finished(context, given, each)) or 0.0 for each in fitting]
+    times = [context.step_s(finished(context, given, each)) or 0.0 for each in fitting]
     enough_s = NEAR_FASTEST * min(times)
     return next(each for each, time_s in zip(fitting, times, strict=True) if time_s <= enough_s)
-
-
-def _finished(
-    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
-) -> ExactOffloadSettings:
-    """With what the memory that is left is used for: activations that are kept, room for streamed blocks."""
-    if context.workload.checkpointing and "checkpointed_blocks" not in given:
-        settings, _ = _recomputed(context, given, settings)
-    if settings.streams and "weight_slots" not in given:
-        settings = replace(settings, weight_slots=_weight_slots(context, settings))
-    return settings
-
-
-def _updated_by_gpu(
-    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
-) -> tuple[ExactOffloadSettings, list[str]]:
-    """`settings` with as few blocks that the GPU updates as make a step nearly as fast as with any number for
-    which there is room, what is recomputed for that room included, also where updates take
-    `SLOWER_UPDATES`; and why."""
-    usable, blocks = context.budget.fillable_gpu_bytes, context.shape.num_blocks
-    elsewhere = settings.streams or settings.disk_blocks > 0 or not settings.offload
-    if usable is None or elsewhere or context.ranks > 1:
-        return settings, []
-    most = blocks - 1
-    if settings.max_grad_norm > 0:  # how gradients are clipped is chosen later
-        most = min(most, GRADIENT_SLOTS)
-    step_s: dict[int, float] = {}
-    longest_s: dict[int, float] = {}
-    for count in _counts(most):
-        tried = replace(settings, gpu_blocks=count)
-        if context.workload.checkpointing and "checkpointed_blocks" not in given:
-            tried, _ = _recomputed(context, given, tried)
-        if gpu_bytes_needed(context.cost(tried), context.budget) > usable and count > 0:
-            break
-        step_s[count] = context.step_s(tried) or math.inf
-        times = context.resource_s(tried) or {"cpu": 0.0, "host memory": 0.0}
-        updates_s = SLOWER_UPDATES * max(times["cpu"], times["host memory"])
-        longest_s[count] = max(step_s[count], updates_s)
-    enough_s = WORTH_GPU_BLOCKS * min(longest_s.values())
-    chosen = next(count for count, its_s in longest_s.items() if its_s <= enough_s)
-    if chosen == 0 or enough_s == math.inf:
-        return settings, []
-    with_it, without_it = format_seconds(step_s[chosen]), format_seconds(step_s[0])
-    return replace(settings, gpu_blocks=chosen), [
-        f"gpu_blocks={chosen}: masters and moments of the first {chosen} of {blocks} blocks have room on the "
-        f"GPU, which updates them; a step takes {with_it}, without that {without_it}"
-    ]
-
-
-def _counts(most: int) -> list[int]:
-    """Numbers of blocks to try, up to `most`: each, then in steps of about a quarter."""
-    found = [0]
-    while found[-1] < most:
-        found.append(min(most, found[-1] + max(1, found[-1] // 4)))
-    return found
 
 
 def _partly_on_disk(
@@ -322,74 +268,3 @@ def _partly_on_disk(
         return None
     fewest = bisect_left(range(1, blocks), True, key=fits) + 1
     return with_blocks(fewest)
-
-
-def _recomputed(
-    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
-) -> tuple[ExactOffloadSettings, list[str]]:
-    """`settings` with as few blocks to run again in the backward pass as make the step faster, and whether
-    the others keep all their activations or what their products give, where that is faster; and why."""
-    blocks = context.shape.num_blocks
-    count, step_s = _fewest_recomputed(context, settings)
-    fewer = replace(settings, kept_activations="products")
-    if "kept_activations" not in given and count > 0 and settings.dropout == 0:
-        of_products, its_s = _fewest_recomputed(context, fewer)
-        if AS_FAST * its_s < step_s:
-            reason = (
-                f"kept_activations=products: {blocks - of_products} blocks keep what their products give and "
-                f"compute the rest again; to keep everything there is room in {blocks - count}"
-            )
-            return replace(fewer, checkpointed_blocks=of_products), [reason]
-    if count == blocks:
-        return settings, []
-    reason = (
-        f"checkpointed_blocks={count}: the other {blocks - count} blocks keep their activations, for which "
-        "there is room"
-    )
-    return replace(settings, checkpointed_blocks=count), [reason]
-
-
-def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[int, float]:
-    """Blocks to run again in the backward pass, and the step's seconds: the most with which a step is as fast
-    as with the fewest that fit, since the memory of those that keep activations may as well stay free where
-    the CPU decides. Without a limit that the user has named a tenth of the GPU stays free."""
-    blocks, usable = context.shape.num_blocks, context.budget.fillable_gpu_bytes
-    if usable is None:
-        return blocks, math.inf
-
-    def step_s(count: int) -> float:
-        return context.step_s(replace(settings, checkpointed_blocks=count)) or math.inf
-
-    def fits(count: int) -> bool:
-        cost = context.cost(replace(settings, checkpointed_blocks=count))
-        return gpu_bytes_needed(cost, context.budget) <= usable
-
-    counts = range(blocks + 1)
-    # One that runs again is made anew whole, so that none may take less than one.
-    fewest = 0 if fits(0) else bisect_left(counts, True, key=fits)
-    if fewest > blocks or (least_s := step_s(fewest)) == math.inf:
-        return blocks, math.inf
-    chosen = bisect_right(counts, NO_SLOWER * least_s, lo=fewest, key=step_s) - 1
-    return (chosen, step_s(chosen)) if fits(chosen) else (fewest, least_s)
-
-
-def _weight_slots(context: PlanningContext, settings: ExactOffloadSettings) -> int:
-    """Blocks that have room on the GPU at once: the fewest with which a streamed step is nearly as fast as
-    with all that fit."""
-    usable = context.budget.fillable_gpu_bytes
-    if usable is None:
-        return settings.weight_slots
-
-    def step_s(count: int) -> float:
-        return context.step_s(replace(settings, weight_slots=count)) or math.inf
-
-    def is_too_much(count: int) -> bool:
-        cost = context.cost(replace(settings, weight_slots=count))
-        return gpu_bytes_needed(cost, context.budget) > usable
-
-    counts = range(settings.weight_slots, context.shape.num_blocks)
-    fitting = counts[: bisect_left(counts, True, key=is_too_much)]
-    if not fitting:
-        return settings.weight_slots
-    enough_s = NEAR_FASTEST * step_s(fitting[-1])
-    return fitting[bisect_left(fitting, True, key=lambda count: step_s(count) <= enough_s)]

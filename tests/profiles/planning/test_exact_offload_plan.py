@@ -117,6 +117,22 @@ def test_blocks_that_the_gpu_updates_are_as_many_as_pay_and_have_room() -> None:
     assert clipped["gpu_blocks"] == 3
 
 
+def test_blocks_are_left_to_the_gpu_before_moments_are_approximate() -> None:
+    """Where the host has no room for exact states of all blocks and the GPU has it for some."""
+    limits = {"host_bytes": 50 * GB, "vram_bytes": 60 * GB}
+    exact = plan(4096, chooses_gpu_blocks=True, **limits)
+    assert (exact.fits, "moments" in exact.settings) == (True, False)
+    count = exact.settings["gpu_blocks"]
+    assert isinstance(count, int)
+    assert not plan(4096, given={"moments": "fp32", "weights": "resident", "disk_blocks": 0}, **limits).fits
+    assert any(each.startswith(f"gpu_blocks={count}: ") for each in exact.reasons)
+    approximate = plan(4096, **limits)
+    assert (approximate.fits, "moments" in approximate.settings) == (True, True)
+    # The GPU has as little room as the host: what is approximate has to do.
+    small = plan(4096, chooses_gpu_blocks=True, host_bytes=50 * GB, vram_bytes=20 * GB)
+    assert (small.fits, "moments" in small.settings, "gpu_blocks" in small.settings) == (True, True, False)
+
+
 def test_exact_states_where_they_fit_and_the_least_approximate_where_not() -> None:
     assert "moments" not in plan(4096, host_bytes=100 * GB).settings
     for host_gb, moments in ((70, "bf16"), (55, "int8")):
