@@ -96,7 +96,7 @@ UNLOCKED_FROM = "2026-11-30T02:10"
 with 24 blocks: their times are not those of the engines of today."""
 LOSS_COMPILED_FROM = "2026-11-30T06:15"
 """Before it compiled blocks of `qlora` that run again kept what their products gave."""
-MADE_FIRST_FROM = "2026-11-30T12:30"
+MADE_FIRST_FROM = "2026-11-30T12:00"
 """Before it `lsp` made gradients and moments of what is no matrix of a block in its first step, in the places
 of the logits, and streamed steps had these cut; and the trial of a model took `TRIED_BEFORE` tokens of a
 sequence."""
