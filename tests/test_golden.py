@@ -405,8 +405,8 @@ INDEXED = recorded("indexed", sorted({*REPORTED, *published("*/generations/*.jso
 
 
 def assert_same_files(folder: Path, names: Sequence[str], key: str, golden: Golden) -> None:
-    """Of files that a command wrote into `folder`, the hashes are those recorded."""
-    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    """Of files that a command wrote into `folder`, the hashes are those recorded; 64 bits are enough."""
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16] for name in names}
     expected = golden.expected(key, found)
     as_published = RESULTS / key if key != INDEX else RESULTS
     for name in names:
