@@ -76,8 +76,8 @@ def with_gpu_blocks(
         else f"without that {without_it}"
     )
     return replace(settings, gpu_blocks=chosen), [
-        f"gpu_blocks={chosen}: masters and moments of the first {chosen} of {blocks} blocks have room on the "
-        f"GPU, which updates them; a step takes {with_it}, {fewer}"
+        f"gpu_blocks={chosen}: masters and moments of {chosen} of {blocks} blocks, from the first on, have "
+        f"room on the GPU, which updates them; a step takes {with_it}, {fewer}"
     ]
 
 
