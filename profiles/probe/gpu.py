@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from profiles.machine import Figure, Gpu, absent
 from profiles.probe.buffers import free
 from profiles.probe.timing import (
+    OTHERS,
     Action,
     Meter,
     burst_samples,
@@ -80,7 +82,10 @@ def process_bytes(device: NvmlDevice | None, used_before_bytes: int | None) -> F
         return absent("NVML does not tell how much memory is in use")
     taken = since - int(torch.cuda.memory_reserved())
     method = "NVML's memory in use, less what was in use before CUDA started and what torch had reserved"
-    return figure([float(max(0, taken))], method)
+    found = figure([float(max(0, taken))], method)
+    # What another took or gave back in between is in the difference, too.
+    others = device is not None and device.reading("memory in use").other_processes
+    return replace(found, disturbance=OTHERS) if others else found
 
 
 def workspace_bytes(_: float) -> Figure:

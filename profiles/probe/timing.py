@@ -34,6 +34,8 @@ REST_PER_BURST = 4.0
 """Rest between bursts, in times of a burst: the mean power is then far below the limit."""
 WATCH_INTERVAL_S = 0.2
 """Between two readings of the GPU's condition: each takes up to some milliseconds."""
+OTHERS = "another process on the GPU"
+"""What disturbs measurements there."""
 
 
 @dataclass(kw_only=True)
@@ -128,7 +130,7 @@ class Meter:
 
 def disturbances(reading: GpuReading) -> tuple[str, ...]:
     """What besides the measurement acted on the GPU."""
-    others = ("another process on the GPU",) if reading.other_processes else ()
+    others = (OTHERS,) if reading.other_processes else ()
     return (*(f"throttled: {reason}" for reason in reading.throttled), *others)
 
 

@@ -10,18 +10,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from cgroup_trees import version_2
 
 from profiles.machine import Figure, GpuReading, absent, load_machine, save_machine
-from profiles.probe import disk, pinned_limit, run
+from profiles.probe import disk, gpu, pinned_limit, run
 from profiles.probe.numa import near
 from profiles.probe.pinned_limit import throw_away
 from profiles.probe.run import probe_machine
 from profiles.probe.timing import Meter, figure
 from profiles.system import cgroup
 from profiles.system.cgroup import throttled_periods
+from profiles.system.nvml import NvmlDevice
 
 MIB = 2**20
 
@@ -336,3 +339,19 @@ def test_the_probe_reads_the_root_it_is_given(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(run, "why_no_gpu", lambda: "none")
     assert probe_machine(seconds=0.0, depth="brief", root=tmp_path).cpu.name == "Small CPU"
     assert cgroup.cpu_name() != "Small CPU"
+
+
+@pytest.mark.parametrize(("pids", "disturbance"), [((7,), None), ((7, 8), "another process on the GPU")])
+def test_memory_that_others_may_have_taken_meanwhile_is_marked(
+    pids: tuple[int, ...], disturbance: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 MiB more are in use than before, 2 of them torch's."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 << 20)
+    monkeypatch.setattr(gpu, "free", lambda: None)
+    library = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=9 << 20),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [SimpleNamespace(pid=pid) for pid in pids],
+    )
+    found = gpu.process_bytes(NvmlDevice(library, 0), 4 << 20)
+    assert (found.value, found.disturbance) == (3 << 20, disturbance)
