@@ -275,7 +275,7 @@ def with_target(answer: Recommendation, planned: JobToPlan, target: Target) -> R
     return replace(answer, target=target, answers=answers(catalogue(), planned, target, answer.machine))
 
 
-SAME_SIZE = 0.25
+NEAR_SIZE = 0.25
 """A size such as 70b means the nearest named shape, which may be so much larger or smaller."""
 
 
@@ -289,7 +289,7 @@ def shape_of_target(name: str) -> ModelShape:
         return resolve_shape(Job(model=without_weights(ModelSource(name=name)), seq_len=1))
     wanted = float(size[1]) * 1e9
     nearest = min(_decoders(), key=lambda shape: abs(shape.parameters - wanted))
-    if abs(nearest.parameters - wanted) > SAME_SIZE * wanted:
+    if abs(nearest.parameters - wanted) > NEAR_SIZE * wanted:
         raise UserError(
             f"--target model={name}",
             f"no named shape is of about that size (the nearest is {nearest.name})",

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-SAME_SIZE = 3.0
-"""A study speaks of models of up to so many times its own parameters, and down to as small a part."""
+from profiles.planning.study_size import speaks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +73,7 @@ def format_size(parameters: float) -> str:
 
 def known_of_zeroth_order(parameters: int) -> str:
     """One sentence on what a step of these methods is worth for a model of so many parameters."""
-    near = [
-        each
-        for each in ZEROTH_ORDER
-        if each.parameters / SAME_SIZE <= parameters <= SAME_SIZE * each.parameters
-    ]
+    near = [each for each in ZEROTH_ORDER if speaks_of(each.parameters, parameters)]
     if near:
         findings = "; ".join(f"{each.name}, {each.unit}: {each.finding} [{each.source}]" for each in near)
         return f"What a step learns at this size: {findings}."

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-SAME_SIZE = 3.0
-"""A study speaks of models of up to so many times its own parameters, and down to as small a part."""
+from profiles.planning.study_size import speaks_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +136,7 @@ def quality_reasons(share: float, parameters: int, *, residual: bool) -> tuple[s
             told.append(
                 f"{on} with a residual it kept {middle} % ({low} to {high}) of native's gain per byte"
             )
-    if not any(each.parameters / SAME_SIZE <= parameters <= SAME_SIZE * each.parameters for each in studies):
+    if not any(speaks_of(each.parameters, parameters) for each in studies):
         told.append(f"quality: of {_millions(parameters)} parameters it is not known")
     return tuple(told)
 
