@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 from engines import entry, load_target
 from engines.costs.mezo import num_probes
 from engines.costs.resources.traffic import Traffic
+from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
 from engines.settings.parse import defaults
@@ -247,6 +248,11 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return (
             f"has {count} micro-batch{'es' * (count > 1)} a step for {of} processes; use --accumulation {of}"
         )
+    if context.ranks > 1 and isinstance(settings, ExactOffloadSettings):
+        if settings.gpu_blocks:
+            return "leaves blocks to the GPU in one process only; set gpu_blocks=0"
+        if settings.disk_weights:
+            return "has weights on disk in one process only; set disk_weights=false"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)

@@ -221,7 +221,7 @@ def _fitting(
         ]
         # Their states alone, and where that is not enough their weights, too.
         for disk_weights in (False, True):
-            if disk_weights and "disk_weights" in given:
+            if disk_weights and ("disk_weights" in given or context.ranks > 1):
                 break
             on_disk = [
                 found

@@ -256,6 +256,23 @@ def test_a_step_that_its_processes_cannot_divide_is_not_planned() -> None:
         assert (plan.why_not, plan.available) == (expected, expected is None)
 
 
+def test_settings_of_one_process_are_not_planned_for_several() -> None:
+    """As a run would be refused, and no plan chooses them, however little memory there is."""
+    workload = replace(WORKLOAD, dtype="bf16", accumulation=2)
+    on_disk = {"weights": "streamed", "disk_blocks": 2, "disk_weights": True}
+    cases = (
+        ({"gpu_blocks": 1}, "leaves blocks to the GPU in one process only; set gpu_blocks=0"),
+        (on_disk, "has weights on disk in one process only; set disk_weights=false"),
+    )
+    for given, why in cases:
+        overrides = {"exact-offload": given_settings("exact-offload", **given)}
+        (plan,) = recommend(H200, SHAPE, workload, ["exact-offload"], overrides, gpus=2)
+        assert (plan.fits, plan.available, plan.why_not) == (False, False, why)
+    for host_bytes in (40 * 10**9, 20 * 10**9, 12 * 10**9, 6 * 10**9):
+        (plan,) = recommend(H200, SHAPE, workload, ["exact-offload"], {}, gpus=2, host_bytes=host_bytes)
+        assert not {"gpu_blocks", "disk_weights"} & plan.settings.keys()
+
+
 def test_gpus_divide_the_weights_of_native_and_exchange_them() -> None:
     shape, workload = named_shape("deepseek-coder-6.7b"), replace(WORKLOAD, dtype="bf16", accumulation=2)
     settings = given_settings("native", graphs=False).typed
