@@ -36,7 +36,7 @@ def finished(
     """With what the memory that is left is used for."""
     settings, _ = with_gpu_blocks(context, given, settings, growth=1.0)
     if context.workload.checkpointing and "checkpointed_blocks" not in given:
-        settings, _ = recomputed_for_room(context, given, settings)
+        settings, _ = recomputed_for_room(context, given, settings, most=False)
     if settings.streams and "weight_slots" not in given:
         settings = replace(settings, weight_slots=weight_slots_for_room(context, settings))
     return settings
@@ -58,7 +58,7 @@ def with_gpu_blocks(
     for count in (least, *more):
         tried = replace(settings, gpu_blocks=count)
         if context.workload.checkpointing and "checkpointed_blocks" not in given:
-            tried, _ = recomputed_for_room(context, given, tried)
+            tried, _ = recomputed_for_room(context, given, tried, most=False)
         if gpu_bytes_needed(context.cost(tried), context.budget) > usable and count > least:
             break
         step_s[count] = context.step_s(tried) or math.inf
@@ -103,15 +103,16 @@ def counts_to_try(most: int, growth: float = 0.25) -> list[int]:
 
 
 def recomputed_for_room(
-    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
+    context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings, *, most: bool = True
 ) -> tuple[ExactOffloadSettings, list[str]]:
     """`settings` with as few blocks to run again in the backward pass as make the step faster, and whether
-    the others keep all their activations or what their products give, where that is faster; and why."""
+    the others keep all their activations or what their products give, where that is faster; and why. Without
+    `most` with the fewest that fit, which is as fast and sooner found."""
     blocks = context.shape.num_blocks
-    count, step_s = _fewest_recomputed(context, settings)
+    count, step_s = _fewest_recomputed(context, settings, most=most)
     fewer = replace(settings, kept_activations="products")
     if "kept_activations" not in given and count > 0 and settings.dropout == 0:
-        of_products, its_s = _fewest_recomputed(context, fewer)
+        of_products, its_s = _fewest_recomputed(context, fewer, most=most)
         if AS_FAST * its_s < step_s:
             reason = (
                 f"kept_activations=products: {blocks - of_products} blocks keep what their products give and "
@@ -127,9 +128,11 @@ def recomputed_for_room(
     return replace(settings, checkpointed_blocks=count), [reason]
 
 
-def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings) -> tuple[int, float]:
-    """Blocks to run again in the backward pass, and the step's seconds: the most with which a step is as fast
-    as with the fewest that fit, since the memory of those that keep activations may as well stay free where
+def _fewest_recomputed(
+    context: PlanningContext, settings: ExactOffloadSettings, *, most: bool
+) -> tuple[int, float]:
+    """Blocks to run again in the backward pass, and the step's seconds: the fewest that fit, or the `most`
+    with which a step is as fast, since the memory of those that keep activations may as well stay free where
     the CPU decides. Without a limit that the user has named a tenth of the GPU stays free."""
     blocks, usable = context.shape.num_blocks, context.budget.fillable_gpu_bytes
     if usable is None:
@@ -147,6 +150,8 @@ def _fewest_recomputed(context: PlanningContext, settings: ExactOffloadSettings)
     fewest = 0 if fits(0) else bisect_left(counts, True, key=fits)
     if fewest > blocks or (least_s := step_s(fewest)) == math.inf:
         return blocks, math.inf
+    if not most:
+        return fewest, least_s
     chosen = bisect_right(counts, NO_SLOWER * least_s, lo=fewest, key=step_s) - 1
     return (chosen, step_s(chosen)) if fits(chosen) else (fewest, least_s)
 
