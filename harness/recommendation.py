@@ -284,9 +284,18 @@ def shape_of_target(name: str) -> ModelShape:
 
     Raises `UserError` for anything else.
     """
+    model = ModelSource(name=model_of_target(name))
+    return resolve_shape(Job(model=without_weights(model), seq_len=1))
+
+
+def model_of_target(name: str) -> str:
+    """The model's name: a shape or folder as it is, for a size such as `70b` the nearest named shape.
+
+    Raises `UserError` if there is none of about that size.
+    """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)[bB]", name)
     if size is None:
-        return resolve_shape(Job(model=without_weights(ModelSource(name=name)), seq_len=1))
+        return name
     wanted = float(size[1]) * 1e9
     nearest = min(_decoders(), key=lambda shape: abs(shape.parameters - wanted))
     if abs(nearest.parameters - wanted) > NEAR_SIZE * wanted:
@@ -295,7 +304,7 @@ def shape_of_target(name: str) -> ModelShape:
             f"no named shape is of about that size (the nearest is {nearest.name})",
             "name a folder with a config.json, or a shape that 'lspzo-bench models' lists",
         )
-    return nearest
+    return nearest.name
 
 
 def _decoders() -> list[ModelShape]:

@@ -107,6 +107,11 @@ class JobFlags:
         self._file: Path | None = given.pop("job_file", None)
         self._given = _nested(given)
 
+    def suppose_model(self, name: str) -> None:
+        """Take that model where the user has named none."""
+        if self._file is None and "name" not in self._given.get("model", {}):
+            self._given["model"] = {**self._given.get("model", {}), "name": name}
+
     def gives(self, name: str) -> bool:
         """Whether the field of that name was given as a flag."""
         return name in self._given

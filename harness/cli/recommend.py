@@ -31,6 +31,7 @@ from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
     limits_beyond,
+    model_of_target,
     recommended,
     schema,
     unmeasured_limit,
@@ -162,6 +163,8 @@ def recommend(
     )
     aim = None if target is None else parse_target(target)
     names = engine_names(engines)
+    if aim is not None and aim.model is not None:
+        flags.suppose_model(model_of_target(aim.model))
     job = flags.job(names)
     job = replace(job, model=without_weights(job.model))
     shape = resolve_shape(job)

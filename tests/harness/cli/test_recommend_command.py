@@ -111,6 +111,8 @@ def test_a_target_is_answered_backwards() -> None:
         app, ["recommend", *on_a_card, "--target", "model=70b", "--host-memory", "64GB"]
     )
     assert "others of the catalogue have all of theirs" in limited.stderr
+    unnamed = said("--profile", "rtx-3090", "--engines", "lora", "--target", "model=70b")
+    assert "Predicted: opt-66b (65.72 B parameters)" in unnamed  # the nearest named shape
     hours = said(*on_a_card, "--target", "hours=8", "--examples", "100000")
     assert "the least machine that does it is" in hours
 
