@@ -13,6 +13,7 @@ from harness.models.configs import NAMED_SHAPES
 from harness.pipeline import plan_job
 from harness.records.job import DataSource
 from harness.records.manifest import CRITERIA_FILE
+from harness.records.run import Run
 from harness.resolve import resolve_shape
 from profiles.planning.plan import Plan
 from reports.criteria import Metric
@@ -97,6 +98,8 @@ def to_try(engine: str, untried: Untried) -> str:
 _NEED_YARDSTICK: tuple[Metric, ...] = ("step_time_ratio", "heldout_ratio")
 _NEED_EVALUATION: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
 ENOUGH_ROUNDS = 5
+MUCH_LONGER = 10
+"""Times as long as a limit that a run reached: how much more it would have taken is not known."""
 EVAL_BATCHES = 16
 MORE_EXAMPLES = 4
 """Times as many as were evaluated, which makes an interval over them half as wide."""
@@ -112,6 +115,13 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
             if missing is None:
                 continue
             return f"{missing.install} && {_more([engine], rounds=3)}"
+        limits = [
+            *_timeouts(rounds.runs),
+            *(_timeouts(all_.of(YARDSTICK).runs) if metric in _NEED_YARDSTICK else ()),
+        ]
+        if limits:
+            flags = f"--timeout {MUCH_LONGER * max(limits):g} {method_flags(all_.engines)}"
+            return _again("longer", flags)  # the same folder keeps the same limit
         if metric in _OF_TIME and any(run.emulation is not None for run in rounds.ok):
             return _again("measured")
         if metric in _OF_JOB and padded_to(rounds) is not None:
@@ -130,6 +140,14 @@ def what_to_run(unknown: Sequence[tuple[Metric, str]], all_: Measurements, untri
         if rounds.ok:
             return _more(list(all_.engines), rounds=max(ENOUGH_ROUNDS, len(rounds.runs) + 2))
     return ""
+
+
+def _timeouts(runs: Sequence[Run]) -> list[float]:
+    """The limits in seconds that all of these `runs` reached; none where one did not."""
+    if any(run.end_state != "timeout" for run in runs):
+        return []
+    limits = [run.job.get("limits", {}).get("timeout_s") for run in runs]
+    return [float(each) for each in limits if each is not None]
 
 
 def _more(engines: Sequence[str], *, rounds: int) -> str:

@@ -484,6 +484,23 @@ def test_what_is_not_known_comes_with_the_command_that_tells_it(
     assert command in verdict.next_command
 
 
+@pytest.mark.parametrize("asked", ["step_s", "step_time_ratio"])
+def test_a_limit_that_every_run_reached_is_not_asked_for_again(asked: Metric) -> None:
+    """The folder keeps its limit, so that the job is run in another with one that is much longer."""
+
+    def late(engine: str, end_state: EndState = "timeout") -> Run:
+        run = make_run(engine, end_state=end_state)
+        return replace(run, job={**run.job, "limits": {"timeout_s": 3.0}})
+
+    sought = criteria(criterion(asked, engine=ANY_METHOD))
+    verdict = decide([late("native"), late("lora")], sought)
+    longer = "lspzo-bench compare --job job.toml --timeout 30 --engines native,lora --out longer"
+    assert verdict.next_command.startswith(longer)
+    # One that ended in time says that the limit is not too short for the method.
+    mixed = decide([late("native"), late("native", "ok"), late("lora")], sought)
+    assert "--timeout" not in mixed.next_command
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "heldout_change", "heldout_ratio"])
 def test_quality_of_random_weights_is_not_known(metric: Metric) -> None:
     """However much of it was measured: it is not that of the real model. No command here tells it."""
