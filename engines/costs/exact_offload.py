@@ -89,7 +89,7 @@ def adam_bytes(element: int, moments: Moments) -> float:
 
 def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
     """Blocks whose gradients have room on the host."""
-    updated_there = num_blocks - settings.on_gpu(num_blocks)
+    updated_there = num_blocks - settings.updated_by_gpu(num_blocks)
     if settings.waits_for_norm or not settings.offload or settings.gradient_blocks == "auto":
         return updated_there
     return min(updated_there, settings.gradient_blocks)
@@ -146,7 +146,7 @@ def uploads_per_step(num_blocks: int, settings: ExactOffloadSettings) -> list[in
 
 def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
-    updated_here = settings.on_gpu(shape.num_blocks)
+    updated_here = settings.updated_by_gpu(shape.num_blocks)
     updated_there = shape.num_blocks - updated_here
     blocks = [0] * updated_here + [shape.block_parameters] * updated_there
     non_block = shape.non_block_parameters if settings.outer == "host" else 0
@@ -214,7 +214,7 @@ def _layer(
         hidden = 0
     # Each gradient is made, added to what is there or moved there, and read for its norm.
     gpu_bytes = layer.gpu_bytes + 4 * element * size
-    if index < settings.on_gpu(len(uploads)):
+    if index < settings.updated_by_gpu(len(uploads)):
         return layer._replace(
             python_launches=GPU_UPDATE_LAUNCHES,
             gpu_bytes=gpu_bytes + on_gpu_bytes * size,
@@ -256,7 +256,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     element = BYTES_PER_ELEMENT[workload.dtype]
     non_block = element * shape.non_block_parameters
     on_gpu = settings.outer == "gpu"
-    updated_here = settings.on_gpu(shape.num_blocks) * shape.block_parameters
+    updated_here = settings.updated_by_gpu(shape.num_blocks) * shape.block_parameters
     updated_here += on_gpu * shape.non_block_parameters
     masters = (MASTER_BYTES if element < 4 else 8) * updated_here
     passing = 0 if on_gpu else element * shape.largest_tensor  # before they are added to those of others

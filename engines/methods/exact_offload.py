@@ -164,12 +164,7 @@ class ExactOffload:
         self._disk_weights: DiskWeights | None = None
         """`None`: no block's weights are on disk."""
         self._world = context.world
-        check_ranks(
-            self.name,
-            self._world,
-            disk_weights=settings.disk_weights,
-            gpu_blocks=settings.gpu_blocks > 0,
-        )
+        check_ranks(self.name, self._world, of_one_process=settings.of_one_process)
         self._host_world: World = self._world if settings.offload else ALONE
         """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
@@ -207,11 +202,14 @@ class ExactOffload:
         if self.settings.outer == "host":
             non_block = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
         on_disk = self.settings.on_disk(len(layout.blocks))
-        on_host_alone = self._on_host_alone(layout.blocks)
-        self._check_host([block.size for block in on_host_alone], sum(each.size for each in non_block))
+        self._updated_by_gpu = self.settings.updated_by_gpu(len(layout.blocks))
+        """Blocks, the model's first. The host has nothing of them."""
+        of_host = [BlockLayout(parts=(), size=0)] * self._updated_by_gpu
+        of_host += layout.blocks[self._updated_by_gpu :]
+        self._check_host([block.size for block in of_host], sum(each.size for each in non_block))
         on_host = self.device if self.settings.offload else torch.device("cpu")
         self._states = BlockStates(
-            [*on_host_alone, *non_block],
+            [*of_host, *non_block],
             self.settings,
             dtype=self._dtype,
             device=on_host,
@@ -255,11 +253,6 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
-
-    def _on_host_alone(self, blocks: Sequence[BlockLayout]) -> list[BlockLayout]:
-        """What the host has of each block: nothing of those that the GPU updates."""
-        count = self._on_gpu_count = self.settings.on_gpu(len(blocks))
-        return [BlockLayout(parts=(), size=0)] * count + list(blocks[count:])
 
     def _owners(self, on_disk: Collection[int]) -> list[int]:
         """Which rank updates each chunk: they take turns, but one has all of a block whose state is on
@@ -359,7 +352,7 @@ class ExactOffload:
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
             is_its = index % self._host_world.local_size == self._host_world.local_rank
-            if is_its and not self._is_on_gpu(index):
+            if is_its and index >= self._updated_by_gpu:
                 self.host.weights[index].copy_(memory)
             self.on_gpu.append(memory)
             tensors |= its
@@ -370,7 +363,7 @@ class ExactOffload:
         self.own = [
             [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
         ]
-        self._masters = [MasterWeights(each, self.settings) for each in self.own[: self._on_gpu_count]]
+        self._masters = [MasterWeights(each, self.settings) for each in self.own[: self._updated_by_gpu]]
         self._take_non_block(non_block, [] if non_block else layout.non_block, parameters)
 
     def _take_non_block(
@@ -390,10 +383,6 @@ class ExactOffload:
             self._non_block_gradients.append(memory)
         self.last_non_block = set(range(self._num_blocks, self._num_groups))
         """Indices of those whose gradients were complete only at the end of the last step."""
-
-    def _is_on_gpu(self, index: int) -> bool:
-        """The GPU has the block's masters and moments, and updates it."""
-        return index < self._on_gpu_count
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -516,7 +505,7 @@ class ExactOffload:
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
         if self.streamed is None:
-            if index == self._on_gpu_count:  # by now the GPU has those before it to compute
+            if index == self._updated_by_gpu:  # by now the GPU has those before it to compute
                 self._check_norm_on_gpu()
             self._in_flight.settle(index)
         else:
@@ -543,7 +532,7 @@ class ExactOffload:
     @torch.no_grad()
     def after_backward(self, index: int) -> None:
         """The block's gradient is complete: download it and hand it to the worker, or update by it here."""
-        if self._is_on_gpu(index):
+        if index < self._updated_by_gpu:
             self._norms.take(index, self._slots.gradient(index))
             if not self.settings.waits_for_norm:
                 self._update_on_gpu(index, self._norms.scale_by_previous(self._share))
@@ -734,7 +723,7 @@ class ExactOffload:
         for each in self._masters:
             state |= each.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
-        about["gpu_blocks"] = self._on_gpu_count
+        about["gpu_blocks"] = self._updated_by_gpu
         assert self._kept is not None
         states, about["updates"] = self._kept.save(folder)
         state |= states
@@ -751,16 +740,16 @@ class ExactOffload:
         self._settle_all()
         self._world.barrier()
         tensors, about = load_checkpoint(folder, self._stored(), self.name)
-        if (saved := about.get("gpu_blocks", 0)) != self._on_gpu_count:
+        if (saved := about.get("gpu_blocks", 0)) != self._updated_by_gpu:
             raise UserError(
                 str(folder),
-                f"has masters of {saved} blocks as the GPU has them, not of {self._on_gpu_count}",
+                f"has masters of {saved} blocks as the GPU has them, not of {self._updated_by_gpu}",
                 f"resume with --set {self.name}.gpu_blocks={saved}",
             )
         assert self._kept is not None
         self._kept.load(folder, tensors, about["updates"])
-        on_gpu_first = self._on_gpu_count if self.streamed is None else self._num_blocks
-        for index in range(on_gpu_first, self._num_groups):
+        first = self._updated_by_gpu if self.streamed is None else self._num_blocks
+        for index in range(first, self._num_groups):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()

@@ -104,10 +104,20 @@ class ExactOffloadSettings(CompiledBlockSettings):
 
     def on_disk(self, num_blocks: int) -> range:
         """Which of a model's blocks have their states on disk."""
-        count = min(self.disk_blocks, num_blocks - self.on_gpu(num_blocks)) if self.offload else 0
+        count = min(self.disk_blocks, num_blocks - self.updated_by_gpu(num_blocks)) if self.offload else 0
         return range(num_blocks - count, num_blocks)
 
-    def on_gpu(self, num_blocks: int) -> int:
+    @property
+    def of_one_process(self) -> tuple[str, str] | None:
+        """What of these settings several processes cannot have, and what to set in its place; `None`:
+        nothing. Each process would want the gradients of all, or write the files of others."""
+        if self.gpu_blocks:
+            return "leaves blocks to the GPU in one process only", "gpu_blocks=0"
+        if self.disk_weights:
+            return "has weights on disk in one process only", "disk_weights=false"
+        return None
+
+    def updated_by_gpu(self, num_blocks: int) -> int:
         """How many of a model's first blocks the GPU updates: at least the last is left to the CPU."""
         return min(self.gpu_blocks, num_blocks - 1)
 

@@ -72,25 +72,18 @@ def sum_of_losses(world: World, share: float) -> float:
 
 
 def check_ranks(
-    engine: str, world: World, *, machines: bool = False, disk_weights: bool = False, gpu_blocks: bool = False
+    engine: str, world: World, *, machines: bool = False, of_one_process: tuple[str, str] | None = None
 ) -> None:
     """Raises `UserError` for what CPU updates cannot do on several ranks; with `machines` these may be on
-    several machines."""
+    several machines. `of_one_process`: what of the settings they cannot have, and what to set instead."""
     if world.size == 1:
         return
     where = f"{engine} on {world.size} ranks"
     if world.local_size < world.size and not machines:
         raise UserError(where, "updates in the memory of one machine", "use one machine, or lsp, mezo or zo2")
-    if disk_weights:
-        raise UserError(
-            where, "has no weights on disk: each file is read and written by one process",
-            f"leave out --set {engine}.disk_weights",
-        )  # fmt: skip
-    if gpu_blocks:
-        raise UserError(
-            where, "updates no blocks on the GPUs: each would want the gradients of all",
-            f"leave out --set {engine}.gpu_blocks",
-        )  # fmt: skip
+    if of_one_process is not None:
+        why, instead = of_one_process
+        raise UserError(where, why, f"use --set {engine}.{instead}")
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

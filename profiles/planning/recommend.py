@@ -248,11 +248,9 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return (
             f"has {count} micro-batch{'es' * (count > 1)} a step for {of} processes; use --accumulation {of}"
         )
-    if context.ranks > 1 and isinstance(settings, ExactOffloadSettings):
-        if settings.gpu_blocks:
-            return "leaves blocks to the GPU in one process only; set gpu_blocks=0"
-        if settings.disk_weights:
-            return "has weights on disk in one process only; set disk_weights=false"
+    refused = settings.of_one_process if isinstance(settings, ExactOffloadSettings) else None
+    if context.ranks > 1 and refused is not None:
+        return f"{refused[0]}; set {refused[1]}"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
     others = dtypes_for(engine, machine)

@@ -173,7 +173,7 @@ def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> 
     on_host = f"{element + state_bytes(element, settings.moments):.3g} bytes on the host"
     if settings.disk_blocks:
         on_host += f" ({element} of them where the rest is on disk)"
-    whose, there = "the blocks", blocks - settings.on_gpu(blocks)
+    whose, there = "the blocks", blocks - settings.updated_by_gpu(blocks)
     if there < blocks:
         whose = f"the {there} blocks that the CPU updates"
     return (

@@ -309,5 +309,7 @@ def test_what_ranks_cannot_do_is_said() -> None:
         size = local_size = 2
 
     changes = {"weights": "streamed", "disk_blocks": 1, "disk_weights": True}
-    with pytest.raises(UserError, match="no weights on disk"):
+    with pytest.raises(UserError, match=r"weights on disk in one process only; .*disk_weights=false"):
         exact(**changes)(context(Two(), 2, "fp32"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"blocks to the GPU in one process only; .*gpu_blocks=0"):
+        exact(gpu_blocks=1)(context(Two(), 2, "fp32"))  # type: ignore[arg-type]
