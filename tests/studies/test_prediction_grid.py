@@ -190,6 +190,11 @@ def test_the_list_has_what_was_promised() -> None:
     assert len({cell.name for cell in cells}) == len(cells)
     assert len({cell.model.partition("-")[0].rstrip("0123456789.") for cell in cells}) >= 5
     assert sum(cell.edge == 1.0 for cell in cells) == sum(cell.edge == 0.95 for cell in cells) >= 20
+    assert {"4GB", "8GB", "12GB", "16GB", "24GB"} <= {cell.vram for cell in cells}
+    assert {None, "24GB", "12GB"} == {cell.link for cell in cells}
+    assert {cell.checkpointing for cell in cells} == {True, False}
+    assert {1, 2, 4, 8, 16} <= {cell.batch for cell in cells}
+    assert {128, 4096} <= {cell.tokens for cell in cells}
 
 
 def test_the_table_is_made_by_one_command() -> None:
