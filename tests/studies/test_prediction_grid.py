@@ -45,25 +45,26 @@ WHEN = (
     "_second_morning",
     "_third_morning",
     "_noon",
+    "_afternoon",
 )
 FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
 """Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
 README of the first says."""
 
-CELLS = 387
-RAN_OUT = 101
+CELLS = 415
+RAN_OUT = 113
 """Of memory."""
 NOW = {
     "step": (39, 0.0385, 0.1131),
-    "reserved GPU memory": (180, 0.0295, 0.0823),
-    "host memory": (69, 0.0184, 0.0404),
+    "reserved GPU memory": (196, 0.0285, 0.0823),
+    "host memory": (73, 0.0207, 0.0404),
 }
 """Cells, median error and within what nine in ten are; a better model makes them smaller."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
 UNFIT_BUT_RAN = 6
-"""Runs of 131 that would be refused today with as much memory as they had, or with a twentieth more."""
+"""Runs of 147 that would be refused today with as much memory as they had, or with a twentieth more."""
 
 
 @cache
@@ -202,4 +203,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 180 |" in done.stdout
+    assert "| reserved GPU memory | 196 |" in done.stdout
