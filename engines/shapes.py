@@ -85,6 +85,12 @@ class ModelShape:
     block_sizes: tuple[int, ...] = ()
     """Parameters of each block where they differ in size; empty where all have `block_parameters`. Costs take
     every block for the largest."""
+    expert_parameters: int = 0
+    """Of a mixture: the matrices of all experts of one block. They are in `block_parameters`, and not in
+    `matrices`, since no method treats them as products of its own."""
+    num_experts: int = 0
+    """Of each block; 0 where it has none."""
+    experts_per_token: int = 0
     label_names: tuple[str, ...] = ()
     """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
 
@@ -102,6 +108,11 @@ class ModelShape:
     def parameters(self) -> int:
         in_blocks = sum(self.block_sizes) or self.num_blocks * self.block_parameters
         return in_blocks + self.non_block_parameters
+
+    @property
+    def active_expert_parameters(self) -> float:
+        """Of one block's experts, those that a token goes through."""
+        return self.expert_parameters * self.experts_per_token / max(1, self.num_experts)
 
     @property
     def matrix_parameters(self) -> int:

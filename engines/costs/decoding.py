@@ -130,7 +130,8 @@ def _block(shape: ModelShape, decoding: Decoding, kept_bytes: int) -> LayerTraff
     step = decoding.step
     cache = cache_bytes(shape, decoding) // shape.num_blocks
     attention = 4.0 * decoding.batch_size * decoding.cache_tokens * shape.hidden
-    matrices = 2.0 * decoding.batch_size * sum(matrix.parameters for matrix in shape.matrices)
+    multiplied = sum(matrix.parameters for matrix in shape.matrices) + shape.active_expert_parameters
+    matrices = 2.0 * decoding.batch_size * multiplied
     scratch = BYTES_PER_ELEMENT[decoding.dtype] * shape.block_parameters
     weights = kept_bytes + (MOVES - 1) * scratch
     return LayerTraffic(

@@ -117,11 +117,13 @@ Triton 3.6); torch with CUDA has larger libraries."""
 def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
     """One forward pass of one block over all tokens of a step.
 
-    Two per matrix parameter and token, and 4 seq_len hidden per token for the scores and their product with
-    the values, causal or not (kernels that skip the upper triangle are not counted on).
+    Two per matrix parameter and token, of experts those that the token goes through, and 4 seq_len hidden per
+    token for the scores and their product with the values, causal or not (kernels that skip the upper
+    triangle are not counted on).
     """
     tokens = workload.tokens_per_step
-    matrices = 2.0 * sum(matrix.parameters for matrix in shape.matrices) * tokens
+    multiplied = sum(matrix.parameters for matrix in shape.matrices) + shape.active_expert_parameters
+    matrices = 2.0 * multiplied * tokens
     return matrices + 4.0 * workload.seq_len * shape.hidden * tokens
 
 
@@ -157,6 +159,19 @@ def elementwise_bytes(shape: ModelShape, workload: Workload, *, compiled: bool =
         per_element += LONG_ACTIVATION_BYTES
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return per_element * scale * workload.tokens_per_step * shape.hidden
+
+
+def expert_read_bytes(shape: ModelShape, workload: Workload) -> float:
+    """GPU memory traffic of the experts' weights in one forward pass of one block, all micro-batches.
+
+    A product of many tokens hides the reading of its matrix; an expert has its share of a micro-batch alone.
+    Counted for those that some token goes through, if each token chooses for itself.
+    """
+    if not shape.num_experts:
+        return 0.0
+    tokens = workload.batch_size * workload.seq_len
+    reached = 1 - (1 - shape.experts_per_token / shape.num_experts) ** tokens
+    return reached * shape.expert_parameters * BYTES_PER_ELEMENT[workload.dtype] * workload.accumulation
 
 
 def has_long_activation(shape: ModelShape) -> bool:
@@ -268,7 +283,8 @@ def _training_block(
         gpu_forward_flops=forward,
         gpu_backward_flops=2 * forward + again,
         attention_longer_flops=attention_longer_flops(shape, workload, runs, 1),
-        gpu_bytes=(runs + fills_in + BACKWARD_ELEMENTWISE) * elementwise,
+        gpu_bytes=(runs + fills_in + BACKWARD_ELEMENTWISE) * elementwise
+        + (runs + 1) * expert_read_bytes(shape, workload),
     )
     return _started(layer, launches, kernels, (2 + runs) * len(shape.matrices), how, workload)
 
@@ -301,7 +317,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         name="block",
         gpu_forward_flops=2 * block_forward_flops(shape, workload),
         attention_longer_flops=attention_longer_flops(shape, workload, 2, 0),
-        gpu_bytes=2 * elementwise_bytes(shape, workload),
+        gpu_bytes=2 * (elementwise_bytes(shape, workload) + expert_read_bytes(shape, workload)),
         products=products * workload.accumulation,
         kernels=kernels * workload.accumulation,
         launches=launches * workload.accumulation,

@@ -157,7 +157,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
             columns=parameter.shape[0 if path.rpartition(".")[0] in transposed else 1],
         )
         for path, parameter in largest.named_parameters()
-        if parameter.dim() == 2
+        if parameter.dim() == 2 and not path.endswith("bias")  # of a mixture: one for each expert
     )
     config = model.config.get_text_config()
     embedding = _embedding_of(model)
@@ -171,7 +171,13 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         if isinstance(module, nn.Linear) and module.out_features == outputs
     ]
     first_names = first_names_of(model)
-    gated = any("gate" in matrix.name for matrix in matrices)
+    experts = _experts_of(largest, config)
+    in_experts = sum(each.numel() for each in experts.values())
+    num_experts = max((len(each) for each in experts.values()), default=0)
+    chosen = min(_first_number(config, _EXPERTS_PER_TOKEN) or num_experts, num_experts)
+    gated = any("gate" in name for name in (*(matrix.name for matrix in matrices), *experts))
+    # The widths of a token's experts together: of each one matrix, or two where it is gated, and one back.
+    expert_widths = chosen * in_experts // max(1, num_experts) // ((3 if gated else 2) * hidden)
     # The inputs of the projection back down from the feed-forward layer.
     widest = max((matrix.columns for matrix in matrices), default=hidden)
     like = len(set(sizes_of_blocks)) == 1
@@ -182,7 +188,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         head=head,
         num_blocks=len(blocks),
         hidden=hidden,
-        intermediate=_intermediate(config) or widest,
+        intermediate=max(_intermediate(config) or widest, expert_widths),
         num_heads=heads,
         num_kv_heads=_number(config, "num_key_value_heads") or heads,
         vocabulary=embedding[0],
@@ -196,6 +202,9 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         head_parameters=output[-1].weight.numel() if output else 0,
         matrices=matrices,
         largest_tensor=max(sizes),
+        expert_parameters=in_experts,
+        num_experts=num_experts,
+        experts_per_token=chosen,
     )
 
 
@@ -209,6 +218,24 @@ def _number(config: Any, name: str) -> int | None:
     if isinstance(value, list | tuple):
         value = max((each for each in value if isinstance(each, int)), default=None)
     return value if isinstance(value, int) and value > 0 else None
+
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k")
+
+
+def _first_number(config: Any, names: Sequence[str]) -> int | None:
+    return next((number for name in names if (number := _number(config, name)) is not None), None)
+
+
+def _experts_of(block: nn.Module, config: Any) -> dict[str, nn.Parameter]:
+    """A mixture's matrices, which transformers keeps in one tensor for all experts of a block."""
+    count = _first_number(config, _EXPERTS)
+    return {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        if count is not None and parameter.dim() == 3 and len(parameter) == count
+    }
 
 
 def _intermediate(config: Any) -> int | None:

@@ -77,6 +77,13 @@ def verdict_of(
                 words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, asked["zeroth"], of_job=of_job
             )
             sentences.append(known_of_zeroth_order(shape.parameters))
+    if fitting and shape.num_experts:
+        sentences.append(
+            f"{shape.experts_per_token} of {shape.num_experts} experts are counted for each token. "
+            "No mixture of experts was measured: take these times and what fits for a guess, and compare on "
+            "the machine. "
+            "Adapters, 4-bit weights and subspaces are of the matrices beside the experts."
+        )
     tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
     if tied:
         sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")

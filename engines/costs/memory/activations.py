@@ -33,6 +33,8 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
             26 + 8 * (shape.family != "opt") + 24 * (transformer.has_long_activation(shape) and not compiled)
         )
         per_token = kept * shape.hidden
+    # Of a mixture: a token's states as they go to each of its experts and as they come from it.
+    per_token += 4 * shape.experts_per_token * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return int(tokens * (per_token * scale + 4 * shape.num_heads))
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from family_configs import config_of
+from known_shapes import DEEPSEEK_1B, H200, OPT_1B
+from torch.utils.flop_counter import FlopCounterMode
 
 from engines.costs.memory.segments import lost_between_matrices
 from engines.costs.native import PIECES_BYTES
 from engines.costs.table import traffic
 from engines.costs.transformer import (
     attention_longer_flops,
+    block_forward_flops,
+    expert_read_bytes,
     num_biases,
     num_tensors,
 )
 from engines.model.blocks import find_blocks
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
+from harness.models.auto_classes import auto_class
 from harness.models.configs import NAMED_SHAPES, named_shape
-from harness.models.meta import build_on_meta, configuration
+from harness.models.meta import build_on_meta, configuration, shape_from_meta
 from harness.records.job import ModelSource
 from profiles.planning.predict import predict
-from tests.support.known_shapes import DEEPSEEK_1B, H200, OPT_1B
 
 WORKLOAD = Workload(batch_size=2, seq_len=1024, dtype="bf16")
 SCORES = 4.0 * 1024 * 2048 * 2 * 1024
@@ -116,3 +122,41 @@ def test_that_is_said_of_hopper_gpus_alone() -> None:
     assert longer[1] is not None
     assert longer[0] > longer[1]
     assert same[0] == same[1]
+
+
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_of_a_mixture_the_experts_that_a_token_goes_through_are_counted(family: str) -> None:
+    """Against torch's count of the block's products; it leaves out the scores, which depend on the kernel."""
+    values, workload = config_of(family), Workload(batch_size=2, seq_len=32, dtype="fp32")
+    shape = shape_from_meta(values, name="tiny", head="causal_lm", num_labels=0)
+    source = ModelSource(name="tiny", random_weights=True)
+    config = configuration(values, source, "causal_lm", 0, False)
+    model = auto_class("causal_lm").from_config(config, dtype=torch.float32)
+    model.set_experts_implementation("eager")
+    _, blocks = find_blocks(model)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, shape.vocabulary, (2, 32)))
+    products = [torch.ops.aten.mm, torch.ops.aten.addmm]
+    counted = counter.get_flop_counts()[f"{type(model).__name__}.model.layers.{len(blocks) - 1}"]
+    scores = 4.0 * workload.seq_len * shape.hidden * workload.tokens_per_step
+    assert shape.num_experts > shape.experts_per_token > 0
+    assert block_forward_flops(shape, workload) - scores == pytest.approx(
+        sum(counted.get(each, 0) for each in products), rel=0.02
+    )
+
+
+def test_adapters_of_a_mixture_do_not_outrun_the_reading_of_its_experts() -> None:
+    """Mixtral's size: 87 GiB of experts, of which 512 tokens reach all, once forward and once back."""
+    values = {"model_type": "mixtral", "vocab_size": 32000}
+    shape = shape_from_meta(values, name="mixtral", head="causal_lm", num_labels=0)
+    workload = Workload(batch_size=1, seq_len=512, dtype="bf16")
+    experts = 2 * shape.num_blocks * expert_read_bytes(shape, workload)
+    assert experts == pytest.approx(2 * 2 * shape.num_blocks * shape.expert_parameters)
+    assert H200.gpu is not None
+    assert H200.gpu.copy_bytes_per_s.value is not None
+    plan = predict(traffic("lora", shape, workload, parse_settings("lora", {})), H200, workload)
+    assert plan.step_s is not None
+    assert plan.step_s > experts / H200.gpu.copy_bytes_per_s.value

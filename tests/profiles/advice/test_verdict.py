@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, TINY
@@ -51,6 +52,12 @@ def test_overlapping_ranges_are_called_a_tie() -> None:
     found = verdict(["native", "lsp"])
     assert len(found.ties) == 1
     assert "is a tie with it" in found.text
+
+
+def test_that_no_mixture_was_measured_is_said() -> None:
+    mixture = replace(DEEPSEEK_1B, expert_parameters=1 << 20, num_experts=8, experts_per_token=2)
+    assert "2 of 8 experts are counted for each token. No mixture" in verdict(["native"], mixture).text
+    assert "mixture" not in verdict(["native"], DEEPSEEK_1B).text
 
 
 def test_a_comparison_that_takes_long_says_so() -> None:
