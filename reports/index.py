@@ -95,7 +95,7 @@ def index(
     about: dict[str, str],
     studies: Collection[str] = (),
 ) -> str:
-    """Markdown: the newest record of each job and method, trained and decoded; earlier ones folded away."""
+    """Markdown: the newest record of each job and method, trained and decoded; the others folded away."""
     lines = [
         f"# {say('index.title')}", "", say("index.intro"), "", f"![{say('index.picture')}](overview.svg)", "",
         *_newest_first(METHODS, found),

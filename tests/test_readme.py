@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +23,6 @@ from test_published_predictions import FOLDERS, ratios
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
 from harness.cli.app import app
-from harness.pipeline import plan_job
-from harness.records.job import load_job
-from harness.resolve import resolve_shape
-from profiles.machine import load_machine
 from reports.index import ABOUT, write_index
 from reports.sharing.published import published_folders
 
@@ -237,24 +232,3 @@ def test_what_is_predicted_today_for_published_runs_is_what_the_findings_say() -
     assert (rest[0], rest[-1], median(rest), *today[-2:]) == pytest.approx(
         (least, most, middle, *apart), abs=0.02
     ), told
-
-
-COMPRESSION = re.compile(r"Compression pays in steps of less than some (\d+) to (\d+) thousand tokens")
-
-
-@pytest.mark.parametrize("page", ["README.md", "reports/FINDINGS.md"])
-def test_the_tokens_below_which_compression_pays_are_what_is_predicted(page: str) -> None:
-    """To the nearest thousand; of both models, in steps of one micro-batch and of eight."""
-    found = COMPRESSION.search(" ".join((ROOT / page).read_text(encoding="utf-8").split()))
-    assert found is not None
-    folder = ROOT / "reports" / "results" / "deepseek-coder-1.3b-exact-offload_h200_20261130"
-    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-    told = []
-    for name in ("deepseek-coder-1.3b", "deepseek-coder-6.7b"):
-        for accumulation in (1, 8):
-            its = replace(job, model=replace(job.model, name=name), accumulation=accumulation)
-            (plan,) = plan_job(its, resolve_shape(its), machine, ["exact-offload"])
-            reason = next(each for each in plan.reasons if "hides behind it from" in each)
-            told += re.findall(r"from ([\d,]+) tokens", reason)
-    tokens = [int(each.replace(",", "")) for each in told]
-    assert [round(min(tokens) / 1000), round(max(tokens) / 1000)] == [int(each) for each in found.groups()]

@@ -12,7 +12,7 @@ from engines.errors import UserError
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
-from harness.records.stats import Rounds, step_statistics
+from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, Rounds, Spread, spread, step_statistics
 from reports.format import job_in_short, model_title
 from reports.load import Broken, Loaded, load_folder
 from reports.messages import say
@@ -23,7 +23,7 @@ VARIANTS = (
     "base", "train", "estimator", "noise", "queries", "disk_blocks", "projector", "offload", "schedule_order",
 )  # fmt: skip
 """Settings that make another method of an engine."""
-CHOSEN = ("d", "resident_blocks", "checkpointed_blocks", "moments")
+CHOSEN = ("d", "resident_blocks", "checkpointed_blocks", "moments", "gpu_blocks")
 """Settings that a plan chooses; one that a job sets itself makes another method."""
 
 
@@ -36,6 +36,10 @@ class IndexRow(Protocol):
 
     @property
     def began(self) -> str: ...
+
+    @property
+    def step_s(self) -> Spread | None:
+        """Over the processes."""
 
     @property
     def is_told(self) -> bool:
@@ -68,6 +72,10 @@ class Published:
         return self.model, self.job, self.machine, self.variant, self.engine, self.traced
 
     @property
+    def step_s(self) -> Spread | None:
+        return self.rounds.step_s
+
+    @property
     def is_told(self) -> bool:
         return _says_something(self.rounds.runs)
 
@@ -88,6 +96,11 @@ class Generated:
     @property
     def began(self) -> str:
         return self.run.time
+
+    @property
+    def step_s(self) -> Spread | None:
+        seen_s = self.run.summary.step_s_median
+        return spread([] if seen_s is None else [seen_s])
 
     @property
     def is_told(self) -> bool:
@@ -161,14 +174,22 @@ def _says_something(runs: Iterable[Run]) -> bool:
 
 
 def newest(found: Sequence[IndexRowT]) -> list[IndexRowT]:
-    """Of those that measure the same, the latest, and before one that was stopped from outside an earlier one
-    that was not. In the order of `found`."""
+    """Of those that measure the same, the latest, but before one that was stopped from outside an earlier one
+    that was not, and before a single process one of several that it repeats. In the order of `found`."""
     latest: dict[tuple[object, ...], IndexRowT] = {}
-    for each in found:
+    for each in sorted(found, key=lambda each: (each.is_told, each.began)):
         before = latest.get(each.subject)
-        if before is None or (before.is_told, before.began) <= (each.is_told, each.began):
+        if before is None or not _repeats(each, before):
             latest[each.subject] = each
     return [each for each in found if latest[each.subject] is each]
+
+
+def _repeats(later: IndexRow, earlier: IndexRow) -> bool:
+    """Whether a step took the same time in a single process: that says less than a median of several."""
+    mine, other = later.step_s, earlier.step_s
+    if mine is None or other is None or mine.count > 1 or other.count < ENOUGH_RUNS:
+        return False
+    return 1 / SAME_FACTOR <= mine.median / other.median <= SAME_FACTOR
 
 
 def gpu_or_cpu(run: Run) -> str:

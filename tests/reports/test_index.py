@@ -117,6 +117,22 @@ def test_what_was_stopped_from_outside_takes_no_place(
     assert [each.folder for each in newest(found[::-1])] == [taken]
 
 
+@pytest.mark.parametrize(("again_s", "taken"), [(0.52, "a"), (0.48, "a"), (0.6, "b")])
+def test_what_a_single_process_repeats_keeps_its_place(tmp_path: Path, again_s: float, taken: str) -> None:
+    """Where they took another time, something has changed since."""
+    early = [
+        replace(make_run("lsp", round=each, step_s=(0.5,) * 8), time="2026-11-01T00:00:00+00:00")
+        for each in (1, 2, 3)
+    ]
+    late = replace(make_run("lsp", step_s=(again_s,) * 8), time="2026-12-01T00:00:00+00:00")
+    found = [
+        *published(write_folder(tmp_path / "a", early)),
+        *published(write_folder(tmp_path / "b", [late])),
+    ]
+    assert [each.folder for each in newest(found)] == [taken]
+    assert [each.folder for each in newest(found[::-1])] == [taken]
+
+
 def test_what_was_measured_again_is_folded_away(tmp_path: Path) -> None:
     late, early = "2026-12-01T00:00:00+00:00", "2026-11-01T00:00:00+00:00"
     write_folder(tmp_path / "a", [replace(make_run(engine), time=early) for engine in ("native", "zo2")])
@@ -131,7 +147,7 @@ def test_what_was_measured_again_is_folded_away(tmp_path: Path) -> None:
     assert tables.count("(a/report.md)") == 1, "native alone"
     assert tables.count("(b/report.md)") == 1
     for part, row in zip(folded, ("(a/report.md)", "(a/generations/"), strict=True):
-        assert part.startswith("\n<summary>Earlier records of the same jobs and methods: 1<")
+        assert part.startswith("\n<summary>Other records of the same jobs and methods: 1<")
         inside, after = part.split("</details>")
         assert inside.count(row) == 1
         assert row not in after.split("\n- ")[0]
