@@ -147,6 +147,10 @@ class Evaluation:
     """The label of each sequence and what the model says in its place, where a sequence has one label: a
     class, a number, or a token. For question answering the first and the last token of each answer, one after
     the other. Empty where sequences have more labels, and where an engine does not tell."""
+    sequence_losses: tuple[float, ...] = field(default=(), repr=False)
+    sequence_labels: tuple[int, ...] = field(default=(), repr=False)
+    """Of each sequence with a label, in the order of the batches: the sum of its labels' losses, and how many
+    they are. Empty where the mean of these is not `loss`, and where an engine does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

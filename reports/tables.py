@@ -20,7 +20,7 @@ from profiles.language import quantity, translated
 from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import JudgedCriterion, Verdict, asked, measured_value
-from reports.examples import over_examples
+from reports.examples import loss_over_sequences, over_examples
 from reports.format import (
     JOULES,
     NUMBER,
@@ -39,7 +39,7 @@ from reports.format import (
     span,
     times,
 )
-from reports.judging.quality import examples_text
+from reports.judging.quality import examples_text, sequences_text
 from reports.judging.stated import ratio_text
 from reports.load import Loaded, engine_order
 from reports.messages import say
@@ -413,6 +413,8 @@ def _evaluation(rounds: Rounds) -> str:
         typical(rounds, lambda run: run.summary.eval_loss_last),
         loss,
     )
+    if sequences := sequences_text(loss_over_sequences(rounds)):
+        losses = say("quality.told", value=losses, examples=sequences)
     found = say("table.evaluation", accuracy=accuracy, loss=losses)
     time_s = typical(rounds, lambda run: run.summary.eval_s)
     return (

@@ -111,13 +111,13 @@ _TRITON = "Triton is not there on every machine"
 _TRAINS = "imports torch; what is wrong with the arguments is said without it"
 _CHILD = "imports torch; engines without it (the test double) do not wait for it"
 INSIDE_FUNCTIONS = {
+    "engines.kernels.token_scores -> engines.kernels.token_scores_kernels": _TRITON,
     "engines.lossless.lossless_pass -> engines.lossless.lossless_pass_kernels": _TRITON,
     "engines.noise.weight_pass -> engines.noise.weight_pass_kernels": _TRITON,
     "engines.quantized.quantized_pass -> engines.quantized.quantized_pass_kernels": _TRITON,
     "engines.subspace.apply -> engines.subspace.projector_kernels": _TRITON,
     "engines.subspace.projector -> engines.subspace.projector_kernels": _TRITON,
     "engines.transfer.throttle -> engines.transfer.throttle_kernels": _TRITON,
-    "engines.zeroth_order.chunked_loss -> engines.zeroth_order.chunked_loss_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
     "profiles.probe.adam -> engines.cpu_updates.adamw": _PROBED,
@@ -617,15 +617,7 @@ PRIVATE_IN_TESTS: dict[str, set[str]] = {
     "engines/transfer/test_link.py": {"_clear_cuda_error", "_register", "_sleep"},
     "engines/transfer/test_throttle.py": {"_sleep"},
     "engines/transfer/test_trace.py": {"_sleep"},
-    "engines/zeroth_order/test_chunked_loss.py": {
-        "_Running",
-        "_head",
-        "_largest",
-        "_model",
-        "_sums",
-        "_target",
-        "_where",
-    },
+    "engines/zeroth_order/test_chunked_loss.py": {"_head", "_model"},
     "engines/zeroth_order/test_disk_combinations.py": {"_forms"},
     "engines/zeroth_order/test_estimators.py": {"_model"},
     "engines/zeroth_order/test_generation.py": {"_model"},

@@ -9,9 +9,11 @@ numbers their type, and whether they are 1 or a multiple of 16.
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -65,3 +67,8 @@ def _on(index: int) -> AbstractContextManager[Any]:
 @cache
 def has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def has_c_compiler() -> bool:
+    """Whether there is the compiler that Triton needs to start a kernel for the first time."""
+    return any(which(each) for each in (os.environ.get("CC") or "cc", "gcc", "clang"))

@@ -22,12 +22,10 @@ own forward and backward pass.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from shutil import which
 from typing import Any, Literal
 
 import torch
@@ -35,6 +33,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from engines.errors import UserError
+from engines.kernels.triton_launch import has_c_compiler
 from engines.model.blocks import find_blocks
 from engines.model.randomness import draws_random_numbers
 
@@ -209,6 +208,6 @@ def why_not_compiled(device: torch.device) -> str | None:
         return None
     if find_spec("triton") is None:
         return "Triton is not installed, which torch.compile needs on a GPU"
-    if not any(which(each) for each in (os.environ.get("CC") or "cc", "gcc", "clang")):
+    if not has_c_compiler():
         return "there is no C compiler, which Triton needs"
     return None

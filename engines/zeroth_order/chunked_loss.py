@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engines.base import Batch
 from engines.costs.loss import HEAD_CHUNK_BYTES, HEAD_TOKENS
-from engines.kernels.triton_launch import has_triton
+from engines.kernels.token_scores import RunningScores, Scores
 from engines.model.blocks import BlockDriver, sent
 from engines.model.evaluation import IGNORED
 from engines.model.label_words import classifies_by_words
@@ -62,16 +62,6 @@ class Arrival:
     """What a forward pass brought to the head."""
 
     hidden: Tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Of one batch: the negative log-likelihoods, (n,) fp32, their sum, () fp64, and the likeliest tokens,
-    (n,) int64."""
-
-    losses: Tensor
-    loss_sum: Tensor
-    predicted: Tensor
 
 
 @contextmanager
@@ -223,7 +213,7 @@ def _scores(
     """
     count = targets.labels.numel()
     states = [_padded(side.reshape(-1, side.shape[-1])[targets.positions]) for side in hidden]
-    sides = [_Running(count, state.device) for state in states]
+    sides = [RunningScores(count, state.device) for state in states]
     for first in range(0, vocabulary, rows):
         last = min(first + rows, vocabulary)
         weights = chunk(first, last)
@@ -237,7 +227,7 @@ def _scores(
                 multiply(tokens, weight.t(), chunk_bias, logits)
                 running.add(slice(begin, min(begin + HEAD_TOKENS, count)), logits, targets.labels, first)
                 del logits  # or the next ones are made beside them
-    return [running.scores(targets.labels) for running in sides]
+    return [running.scores() for running in sides]
 
 
 @cache
@@ -263,41 +253,6 @@ def _padded(state: Tensor) -> Tensor:
     """Rows of zeros at the end: matrix products of an odd number of rows take up to three times as long."""
     missing = -state.shape[0] % TOKEN_GRID
     return nn.functional.pad(state, (0, 0, 0, missing)) if missing else state
-
-
-class _Running:
-    """Of each token: the largest logit so far with its place, sum of exponentials, and the label's logit."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._largest = torch.full((count,), -torch.inf, device=device)
-        self._where = torch.zeros((count,), dtype=torch.int64, device=device)
-        self._sums = torch.zeros((count,), device=device)
-        self._target = torch.full((count,), -torch.inf, device=device)
-
-    def add(self, tokens: slice, logits: Tensor, labels: Tensor, first: int) -> None:
-        """Logits (at least as many as tokens, rows) of the vocabulary from `first` on."""
-        largest, where, sums, target = (
-            each[tokens] for each in (self._largest, self._where, self._sums, self._target)
-        )
-        if logits.is_cuda and has_triton():
-            from engines.zeroth_order import chunked_loss_kernels
-
-            chunked_loss_kernels.gather(logits, labels[tokens], first, largest, where, sums, target)
-            return
-        values = logits[: largest.shape[0]].float()
-        place = labels[tokens] - first
-        inside = (place >= 0) & (place < values.shape[1])
-        found = values.gather(1, place.clamp(0, values.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        target.copy_(torch.where(inside, found, target))
-        best, best_where = values.max(1)
-        where.copy_(torch.where(best > largest, best_where + first, where))
-        overall = torch.maximum(best, largest)
-        sums.mul_((largest - overall).exp()).add_((values - overall.unsqueeze(1)).exp().sum(1))
-        largest.copy_(overall)
-
-    def scores(self, labels: Tensor) -> Scores:
-        losses = self._sums.log() + self._largest - self._target
-        return Scores(losses=losses, loss_sum=losses.sum(dtype=torch.float64), predicted=self._where)
 
 
 def plain_head(

@@ -285,7 +285,7 @@ class PerturbedModel:
             reached = self._reach_head(batch, hidden, Side.PLAIN)
             tokens, labels = batch.class_tokens, batch.inputs["labels"]
             scores = self._head.evaluate(reached, batch.targets, self.non_block, tokens)
-            total.add_tokens(float(scores.loss_sum), labels, scores.predicted, tokens)
+            total.add_tokens(float(scores.loss_sum), scores.losses, labels, scores.predicted, tokens)
         else:
             total.add(self._finish(batch, hidden, Side.PLAIN), batch.inputs, batch.class_tokens)
 

@@ -83,6 +83,12 @@ class Summary:
     record is of before this was kept."""
     eval_majority_class: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """Share of those that are of the most frequent class; `None` also where there are no classes."""
+    eval_sequence_labels: Annotated[tuple[int, ...], Field(exclude_if=lambda value: not value)] = ()
+    eval_sequence_losses_first: Annotated[tuple[float, ...], Field(exclude_if=lambda value: not value)] = ()
+    eval_sequence_losses_last: Annotated[tuple[float, ...], Field(exclude_if=lambda value: not value)] = ()
+    """Of each held-out sequence, in the same order in every run of a job: how many labels it has, and the sum
+    of their losses, in 7 digits. Empty: nothing was evaluated, the engine does not tell, or the record is of
+    before this was kept."""
     eval_s: float | None = None
     """Time of the last evaluation, all its batches."""
     setup_s: float | None = None

@@ -30,7 +30,7 @@ from harness.runs.end_states import REASON_LENGTH
 from harness.runs.measure import RunRecording
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.processes import Group, KeptChild, child_environment, of_rank
-from harness.runs.ranks import MEETING, devices_of, of_group, places
+from harness.runs.ranks import MEETING, devices_of, of_group, of_one, places
 from harness.runs.worker import REQUEST, RESULT, TRACE, Request, Result
 from harness.signals import named_signal
 from profiles.documents import adapter, to_json, write_whole
@@ -231,7 +231,7 @@ def _run_child(
         traced=recording.traced,
         limits=recording.limits,
         contacted=tuple(dict.fromkeys(host for each in recordings for host in each.contacted)),
-        ranks=tuple(summaries) if ranks else (),
+        ranks=tuple(map(of_one, summaries)) if ranks else (),
         notes=None if first is None else first.notes,
         disturbance=sampler.clocks.disturbance,
     )

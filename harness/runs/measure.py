@@ -129,6 +129,9 @@ class RunRecording:
             eval_accuracy_last=None if last is None else share_right(last),
             eval_examples=None if first is None else first.num_examples,
             eval_majority_class=None if first is None else majority_class(first),
+            eval_sequence_labels=() if first is None else first.sequence_labels,
+            eval_sequence_losses_first=() if first is None else _in_fp32_digits(first.sequence_losses),
+            eval_sequence_losses_last=() if last is None else _in_fp32_digits(last.sequence_losses),
             # Of the last: the first one loads kernels.
             eval_s=self.eval_s[-1] if last is not None else None,
             setup_s=self.setup_s,
@@ -354,6 +357,11 @@ def forward_launch_s() -> float | None:
     with contextlib.suppress(Exception):  # the run is over and has its result
         return forward_s(LAUNCHES_S, DEVICE).low
     return None
+
+
+def _in_fp32_digits(values: Sequence[float]) -> tuple[float, ...]:
+    """As many digits as fp32 has: a record is not twice as long for what losses do not say."""
+    return tuple(float(f"{value:.7g}") for value in values)
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -174,6 +174,13 @@ def of_group(summaries: Sequence[Summary]) -> Summary:
     )
 
 
+def of_one(summary: Summary) -> Summary:
+    """Of one rank, as it is kept beside that of the group: every rank has the same evaluation."""
+    return replace(
+        summary, eval_sequence_labels=(), eval_sequence_losses_first=(), eval_sequence_losses_last=()
+    )
+
+
 def what_to_agree_on(job: Job, engine: str, settings: Mapping[str, object]) -> dict[str, str]:
     """What has to be the same on every rank, by name: else the ranks would not take the same steps."""
     here = read_environment()

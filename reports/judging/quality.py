@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engines import YARDSTICK
 from harness.records.run import Run
-from reports.examples import OverExamples, over_examples
+from harness.records.stats import Rounds
+from reports.examples import OverExamples, OverSequences, loss_over_sequences, over_examples
 from reports.format import loss, span
 from reports.messages import say
 from reports.metrics import Measurements, typical
@@ -29,7 +30,7 @@ _KINDS: tuple[tuple[str, Field, Field, Callable[[float | None], str]], ...] = (
     ),
     ("heldout_loss", lambda run: run.summary.eval_loss_first, lambda run: run.summary.eval_loss_last, loss),
 )
-"""Key, before, after, and how it is shown; the first that was measured is told."""
+"""Key, before, after, and how it is shown; the first that was measured is told, of a text the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,8 @@ class QualityReached:
     native: str
     """Native's after its last step; empty where it is not known, or is this one."""
     examples: str = ""
-    """Of how many examples accuracy is, with the interval over them; empty where they were not counted."""
+    """Of how many examples accuracy is, or sequences the loss, with the interval over them; empty where they
+    were not counted."""
     majority: str = ""
     """Share of the most frequent class; empty where it is not known."""
     is_guessing: bool = False
@@ -66,10 +68,11 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
         return None
     if rounds.ok[0].model.random_weights and not of_random_weights:
         return None
-    for kind, first, last, show in _KINDS:
+    for kind, first, last, show in reversed(_KINDS) if _is_text(rounds) else _KINDS:
         after, others = typical(rounds, last), typical(native, last)
         if after is not None:
             examples = over_examples(rounds) if kind == "accuracy" else None
+            sequences = loss_over_sequences(rounds) if kind == "heldout_loss" else None
             majority = examples.majority_class if examples else None
             began = typical(rounds, first)
             return QualityReached(
@@ -77,7 +80,7 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
                 before=show(began),
                 after=show(after),
                 native="" if engine == YARDSTICK or others is None else show(others),
-                examples=examples_text(examples) if examples else "",
+                examples=examples_text(examples) if examples else sequences_text(sequences),
                 majority="" if majority is None else accuracy(majority),
                 is_guessing=examples is not None and majority is not None and examples.low <= majority,
                 fell=kind == "accuracy" and began is not None and after < began,
@@ -89,6 +92,20 @@ def examples_text(examples: OverExamples) -> str:
     """`of 32 examples (95 %: 64.7 to 91.1 %)`."""
     range_ = span(accuracy(examples.low), accuracy(examples.high))
     return say("quality.examples", count=f"{examples.count:,}", range=range_)
+
+
+def _is_text(rounds: Rounds) -> bool:
+    """Whether labels are the tokens of a text, of which the loss is told: known where those of each sequence
+    were kept."""
+    return any(max(run.summary.eval_sequence_labels, default=0) > 1 for run in rounds.ok)
+
+
+def sequences_text(found: OverSequences | None) -> str:
+    """`of 64 sequences (95 %: 2.0210 to 2.1830)`; empty for none."""
+    if found is None:
+        return ""
+    range_ = span(loss(found.low), loss(found.high))
+    return say("quality.sequences", count=f"{found.count:,}", range=range_)
 
 
 def why_unknown(engine: str, all_: Measurements) -> str:

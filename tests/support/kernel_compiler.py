@@ -419,9 +419,8 @@ def projector_cases() -> Iterator[Case]:
 def other_cases() -> Iterator[Case]:
     import torch
 
-    from engines.kernels import paired_layer_norm
+    from engines.kernels import paired_layer_norm, token_scores_kernels
     from engines.transfer import throttle_kernels
-    from engines.zeroth_order import chunked_loss_kernels
 
     for dtype in ("bfloat16", "float16", "float32"):
         widths = (768, 2048, 12288) if dtype == "bfloat16" else (2048,)
@@ -430,7 +429,7 @@ def other_cases() -> Iterator[Case]:
         labels, where = (torch.zeros(2048, dtype=torch.int64, device=DEVICE) for _ in range(2))
         yield (
             f"head {dtype}",
-            lambda logits=logits, labels=labels, where=where, tokens=of_tokens: chunked_loss_kernels.gather(
+            lambda logits=logits, labels=labels, where=where, tokens=of_tokens: token_scores_kernels.gather(
                 logits, labels, 8192, tokens[0], where, tokens[1], tokens[2]
             ),
             dtype == "bfloat16",

@@ -63,7 +63,7 @@ def wrong(tool: str) -> None:
 def odd_cases() -> Iterator[Callable[[], object]]:
     """Sizes that divide nothing, so that every mask has something to hold back."""
     from engines.costs.quantized import lossless_bytes, matrix_bytes
-    from engines.kernels import paired_layer_norm
+    from engines.kernels import paired_layer_norm, token_scores_kernels
     from engines.lossless import lossless_pass_kernels
     from engines.noise import low_rank_kernels, weight_pass_kernels
     from engines.noise.philox import NoiseKey
@@ -71,7 +71,6 @@ def odd_cases() -> Iterator[Callable[[], object]]:
     from engines.noise.visits import Outputs
     from engines.quantized import quantized_pass_kernels
     from engines.subspace import projector_kernels
-    from engines.zeroth_order import chunked_loss_kernels
 
     flat, how, key = (
         kernel_compiler.flat_tensor,
@@ -132,7 +131,7 @@ def odd_cases() -> Iterator[Callable[[], object]]:
         flat(6 * 37, bf16).view(6, 37), (norms[0], norms[1]), (norms[2], norms[3]), 1e-5
     )
     whole = [torch.zeros(5, dtype=torch.int64, device=kernel_compiler.DEVICE) for _ in range(2)]
-    yield lambda: chunked_loss_kernels.gather(
+    yield lambda: token_scores_kernels.gather(
         flat(5 * 333, bf16).view(5, 333), whole[0], 333, flat(5), whole[1], flat(5), flat(5)
     )
 

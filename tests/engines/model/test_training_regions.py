@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engines.costs.memory.activations import block_activation_bytes, product_activation_bytes
 from engines.errors import UserError
+from engines.kernels import triton_launch
 from engines.model import training_regions
 from engines.model.blocks import find_blocks
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
@@ -28,13 +30,18 @@ def test_a_cpu_compiles_where_it_is_asked_to() -> None:
     assert not compiles("auto", torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("missing", "told"), [("find_spec", "Triton"), ("which", "C compiler")])
-def test_a_gpu_needs_triton_and_a_compiler(missing: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("module", "missing", "told"),
+    [(training_regions, "find_spec", "Triton"), (triton_launch, "which", "C compiler")],
+)
+def test_a_gpu_needs_triton_and_a_compiler(
+    module: ModuleType, missing: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training_regions, "find_spec", lambda name: object())
-    monkeypatch.setattr(training_regions, "which", lambda name: "/usr/bin/cc")
+    monkeypatch.setattr(triton_launch, "which", lambda name: "/usr/bin/cc")
     assert why_not_compiled(GPU) is None
     assert compiles("auto", GPU)
-    monkeypatch.setattr(training_regions, missing, lambda name: None)
+    monkeypatch.setattr(module, missing, lambda name: None)
     assert told in str(why_not_compiled(GPU))
     assert not compiles("auto", GPU)
 

@@ -61,7 +61,7 @@ def test_step_statistics_leave_warmups_out_of_times_but_not_of_the_first_loss() 
 
 def test_step_statistics_of_nothing_and_of_warmups_only() -> None:
     nothing = step_statistics((), 100)
-    assert all(getattr(nothing, name) in (None, {}) for name in nothing.__slots__)
+    assert all(getattr(nothing, name) in (None, {}, ()) for name in nothing.__slots__)
     only = step_statistics([Sample(step=0, warmup=True, step_s=1.0, loss=2.0)], 100)
     assert only.step_s_median is None
     assert only.tokens_per_s is None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from scripted_runs import scripted_job
 
 from engines.base import Batch, Context, Evaluation, StepStats
@@ -17,10 +18,12 @@ from engines.errors import NonFiniteLoss
 from engines.methods.scripted import Scripted
 from engines.settings.scripted import ScriptedSettings
 from harness.records.job import Job
-from harness.records.run import Sample
+from harness.records.run import Sample, Summary
 from harness.runs import measure as measuring
 from harness.runs.measure import RunRecording, SetUpParts, forward_launch_s, gpu_peaks, measure
+from harness.runs.ranks import of_one
 from harness.runs.scenarios import Decode, Train
+from profiles.documents import to_json
 
 
 class NumberedData:
@@ -158,6 +161,22 @@ def test_what_accuracy_rests_on_is_kept() -> None:
     of_text = replace(recording.evaluations[0], num_examples=None, expected=())
     recording.evaluations = [of_text, of_text]
     assert recording.summary().eval_examples is recording.summary().eval_majority_class is None
+
+
+def test_losses_of_held_out_sequences_are_kept_in_the_digits_of_fp32() -> None:
+    recording = RunRecording(tokens_per_step=8, eval_s=[1.0, 1.0])
+    assert "eval_sequence" not in to_json(recording.summary())  # nothing was evaluated
+    before = Evaluation(
+        loss=2.0, accuracy=0.5, num_labels=4, sequence_losses=(6.0, 1.23456789123), sequence_labels=(3, 1)
+    )
+    recording.evaluations = [before, replace(before, sequence_losses=(3.0, 1.0))]
+    summary = recording.summary()
+    assert summary.eval_sequence_labels == (3, 1)
+    assert summary.eval_sequence_losses_first == (6.0, 1.234568)
+    assert summary.eval_sequence_losses_last == (3.0, 1.0)
+    assert TypeAdapter(Summary).validate_json(to_json(summary)) == summary
+    kept = of_one(summary)  # each rank evaluates the same
+    assert kept.eval_sequence_labels == kept.eval_sequence_losses_last == ()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # The compiler of Triton takes annotations of kernels for code, so kernels have none.
-"""Triton kernel of `engines.zeroth_order.chunked_loss`: what a loss needs of a chunk of logits, in one read
-of them.
+"""Triton kernel of `engines.kernels.token_scores`: what a loss needs of a chunk of logits, in one read of
+them.
 
 With TRITON_INTERPRET=1 it runs on CPU tensors.
 """
