@@ -69,6 +69,33 @@ def loss_over_sequences(rounds: Rounds) -> OverSequences | None:
     return None if found is None else _ratio(found.last, found.labels)
 
 
+def change_over_sequences(rounds: Rounds) -> OverSequences | None:
+    """Of what that loss is after the last step more than before the first, sequence by sequence."""
+    found = _kept(rounds)
+    return None if found is None else _ratio(_less(found.last, found.first), found.labels)
+
+
+def difference_over_sequences(rounds: Rounds, other: Rounds) -> OverSequences | None:
+    """Of what it is more than another method's, sequence by sequence; `None` also where that one was
+    evaluated on others."""
+    mine, its = _kept(rounds), _kept(other)
+    if mine is None or its is None or mine.labels != its.labels:
+        return None
+    return _ratio(_less(mine.last, its.last), mine.labels)
+
+
+def ratio_over_sequences(rounds: Rounds, other: Rounds) -> OverSequences | None:
+    """Of its multiple of another method's, likewise."""
+    mine, its = _kept(rounds), _kept(other)
+    if mine is None or its is None or mine.labels != its.labels or not sum(its.last) > 0:
+        return None
+    return _ratio(mine.last, its.last)
+
+
+def _less(some: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(some, others, strict=True)]
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """Of each sequence: its labels, and the sums of their losses, means over the runs."""

@@ -24,7 +24,12 @@ from harness.records.stats import (
 )
 from profiles.machine import Machine
 from reports.criteria import Criteria, Metric
-from reports.examples import over_examples
+from reports.examples import (
+    OverSequences,
+    change_over_sequences,
+    over_examples,
+    ratio_over_sequences,
+)
 from reports.format import GIB
 from reports.load import engine_order
 from reports.messages import say
@@ -289,8 +294,22 @@ def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
         return None if first is None or last is None else last - first
 
     found = over_runs(rounds.ok, change)
-    return (
-        MetricFinding(note=say("note.no_evaluation")) if found is None and rounds.ok else _from_spread(found)
+    if found is None and rounds.ok:
+        return MetricFinding(note=say("note.no_evaluation"))
+    return _with_sequences(_from_spread(found), change_over_sequences(rounds))
+
+
+def _with_sequences(finding: MetricFinding, found: OverSequences | None) -> MetricFinding:
+    """With the wider of the two ranges, over runs and over held-out sequences."""
+    if finding.low is None or finding.high is None:
+        return finding
+    if found is None:
+        return replace(finding, note=say("note.sequences_not_kept"))
+    return replace(
+        finding,
+        low=min(found.low, finding.low),
+        high=max(found.high, finding.high),
+        undecided=say("note.few_sequences", count=found.count),
     )
 
 
@@ -300,10 +319,15 @@ def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
     native = all_.of(YARDSTICK)
     mine, other = over_runs(rounds.ok, heldout_loss), over_runs(native.ok, heldout_loss)
     if mine is not None and other is not None and other.low > 0:
-        return MetricFinding(
+        found = MetricFinding(
             value=mine.median / other.median, low=mine.low / other.high, high=mine.high / other.low,
             runs=mine.count,
         )  # fmt: skip
+        return (
+            found
+            if rounds.engine == YARDSTICK
+            else _with_sequences(found, ratio_over_sequences(rounds, native))
+        )
     if (why := _native_is_out(native, all_)) is not None:
         return MetricFinding(applies=False, note=why)
     if not rounds.ok:

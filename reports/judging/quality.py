@@ -10,6 +10,7 @@ from harness.records.run import Run
 from harness.records.stats import Rounds
 from reports.examples import OverExamples, OverSequences, loss_over_sequences, over_examples
 from reports.format import loss, span
+from reports.judging.ranking import loss_beside
 from reports.messages import say
 from reports.metrics import Measurements, typical
 
@@ -44,6 +45,8 @@ class QualityReached:
     after: str
     native: str
     """Native's after its last step; empty where it is not known, or is this one."""
+    beside: str = ""
+    """What the loss is more than native's on the same sequences; empty where that is not known."""
     examples: str = ""
     """Of how many examples accuracy is, or sequences the loss, with the interval over them; empty where they
     were not counted."""
@@ -80,6 +83,7 @@ def learned(engine: str, all_: Measurements, *, of_random_weights: bool = False)
                 before=show(began),
                 after=show(after),
                 native="" if engine == YARDSTICK or others is None else show(others),
+                beside=beside_native_text(engine, all_) if kind == "heldout_loss" else "",
                 examples=examples_text(examples) if examples else sequences_text(sequences),
                 majority="" if majority is None else accuracy(majority),
                 is_guessing=examples is not None and majority is not None and examples.low <= majority,
@@ -108,6 +112,16 @@ def sequences_text(found: OverSequences | None) -> str:
     return say("quality.sequences", count=f"{found.count:,}", range=range_)
 
 
+def beside_native_text(engine: str, all_: Measurements) -> str:
+    """`+0.0213 (95 %: -0.0100 to +0.0526; undecided)`; empty of native, and where it is not known."""
+    found = None if engine == YARDSTICK else loss_beside(engine, YARDSTICK, all_)
+    if found is None:
+        return ""
+    word = "undecided" if found.low <= 0 <= found.high else "worse" if found.value > 0 else "better"
+    value, low, high = (f"{each:+.4f}" for each in (found.value, found.low, found.high))
+    return say("quality.beside", value=value, range=span(low, high), word=say(f"quality.{word}"))
+
+
 def why_unknown(engine: str, all_: Measurements) -> str:
     """Why nothing is known of what it learned."""
     rounds = all_.of(engine)
@@ -126,6 +140,8 @@ def is_random(run: Run) -> bool:
 def learned_text(found: QualityReached) -> str:
     """`accuracy 81.2 % of 32 examples (95 %: 64.7 to 91.1 %) on held-out data; before training 50.0 %`."""
     native = say("quality.native", value=found.native) if found.native else ""
+    if found.beside:
+        native = say("quality.native_beside", value=found.native, difference=found.beside)
     return say(
         f"quality.{found.kind}", after=found.told, before=found.before, native=majority_text(found) + native
     )

@@ -1,20 +1,21 @@
 """Which method is the answer: the order of methods that were judged, and which of them another beats. Pure.
 
-Methods of one verdict are told apart by quality where it was measured on held-out data and training moved it,
-and else by kind: a step with gradients before one without, what most people would use before the rest, and
-what trains all weights before what trains fewer, which is as good only where that was measured. Only then by
-the time of a step in a long job, with its part of what one in so many does beside; ranges that overlap are a
-tie.
+Methods of one verdict are told apart by quality where it was measured on held-out data, training moved it and
+other data would have said the same, and else by kind: a step with gradients before one without, what most
+people would use before the rest, and what trains all weights before what trains fewer, which is as good only
+where that was measured. Only then by the time of a step in a long job, with its part of what one in so many
+does beside; ranges that overlap are a tie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
 from harness.records.stats import SAME_FACTOR, disturbed, over_runs, ratio
+from reports.examples import OverSequences, difference_over_sequences
 from reports.judging.stated import gpu_peak, host_peak, step_s
 from reports.metrics import Measurements, heldout_loss, is_emulated, typical
 
@@ -46,10 +47,28 @@ def quality(engine: str, all_: Measurements) -> float | None:
     return found.median if found else None
 
 
+def loss_beside(one: str, other: str, all_: Measurements) -> OverSequences | None:
+    """What the held-out loss of `one` is more than that of `other` on the same sequences, with the wider of
+    the two ranges, over sequences and over runs; `None` where losses of sequences were not kept."""
+    found = difference_over_sequences(all_.of(one), all_.of(other))
+    mine, its = (over_runs(all_.of(each).ok, heldout_loss) for each in (one, other))
+    if found is None or mine is None or its is None:
+        return None
+    return replace(found, low=min(found.low, mine.low - its.high), high=max(found.high, mine.high - its.low))
+
+
+def are_told_apart(one: str, other: str, all_: Measurements) -> bool:
+    """Whether other sequences, or other runs, would have had the better one of the two before the other too;
+    also where that is not known."""
+    found = loss_beside(one, other, all_)
+    return found is None or not found.low <= 0 <= found.high
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BestQuality:
-    """Of several methods, held-out losses before the first step and after the last."""
+    """Of several methods, held-out losses of the best before the first step and after the last."""
 
+    engine: str
     before: float
     after: float
 
@@ -73,7 +92,7 @@ def best_quality(engines: Iterable[str], all_: Measurements) -> BestQuality | No
         return None
     best = min(losses, key=losses.__getitem__)
     before = typical(all_.of(best), lambda run: run.summary.eval_loss_first)
-    return None if before is None else BestQuality(before=before, after=losses[best])
+    return None if before is None else BestQuality(engine=best, before=before, after=losses[best])
 
 
 def trains_less(engine: str) -> bool:
@@ -89,7 +108,7 @@ def beats(one: str, other: str, all_: Measurements) -> bool:
         return False
     best = best_quality((one, other), all_)
     if best is not None and best.told:
-        return quality(one, all_) == best.after != quality(other, all_)
+        return quality(one, all_) == best.after != quality(other, all_) and are_told_apart(one, other, all_)
     return trains_everything(one) or (entry(one).order == entry(other).order == "zeroth")
 
 
@@ -130,19 +149,35 @@ def beaten_by(standings: Sequence[Standing], all_: Measurements) -> Mapping[str,
     return found
 
 
+def _lesser_kind(engine: str) -> tuple[bool, bool, bool]:
+    """Whether it has no gradients, is not what most people would use, and trains fewer weights."""
+    row = entry(engine)
+    return row.order == "zeroth", not row.asked_first, trains_less(engine)
+
+
 def ordered(standings: Sequence[Standing], all_: Measurements) -> list[Standing]:
     """The best first; none that another beats before that one."""
     best = best_quality((each.engine for each in standings), all_)
 
-    def kind(each: Standing) -> tuple[int, int, float, bool, bool, bool]:
+    def by_quality(engine: str) -> tuple[float, tuple[bool, ...]]:
+        loss, its = quality(engine, all_), _lesser_kind(engine)
+        if loss is None or best is None or not best.told:
+            return float("inf"), its
+        if loss <= best.as_good:
+            return 0.0, (False,) * len(its)
+        if are_told_apart(engine, best.engine, all_):
+            return loss, (False,) * len(its)
+        # Not known to be worse, nor as good: it goes behind the best where it is of a kind that does.
+        return 0.0, tuple(one > other for one, other in zip(its, _lesser_kind(best.engine), strict=True))
+
+    kinds = {
+        each.engine: (BEST_FIRST.index(each.state), each.missed, by_quality(each.engine))
+        for each in standings
+    }
+
+    def kind(each: Standing) -> tuple[int, int, tuple[float, tuple[bool, ...]]]:
         """What tells before time does."""
-        loss = quality(each.engine, all_)
-        if loss is not None and best is not None and best.told:
-            worse = loss > best.as_good
-            return BEST_FIRST.index(each.state), each.missed, loss if worse else 0.0, False, False, False
-        row = entry(each.engine)
-        zeroth, rare, less = row.order == "zeroth", not row.asked_first, trains_less(each.engine)
-        return BEST_FIRST.index(each.state), each.missed, float("inf"), zeroth, rare, less
+        return kinds[each.engine]
 
     def by_time(each: Standing) -> tuple[float, float, int]:
         rounds = all_.of(each.engine)

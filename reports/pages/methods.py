@@ -12,7 +12,7 @@ from profiles.language import translated
 from reports.decide import Verdict, state_word
 from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle_cell, number
 from reports.judging import stated
-from reports.judging.quality import learned
+from reports.judging.quality import beside_native_text, learned
 from reports.judging.ranking import State
 from reports.messages import say
 from reports.metrics import Measurements, is_emulated, typical
@@ -83,6 +83,11 @@ def _quality(kind: str) -> Column[MethodInShort]:
     return Column(kind, of, shown=where_known(of))
 
 
+def _loss_beside(one: MethodInShort) -> str | None:
+    """What its held-out loss is more than native's, where that was evaluated on the same sequences."""
+    return beside_native_text(one.engine, one.all_) or None
+
+
 def _state(one: MethodInShort) -> CellValue:
     if one.state is None:
         return None
@@ -103,6 +108,7 @@ SHORT: tuple[Column[MethodInShort], ...] = (
     Column("host", lambda one: stated.host_peak(one.engine, one.all_).value, BYTES),
     _quality("accuracy"),
     _quality("heldout_loss"),
+    Column("loss_beside", lambda one: _loss_beside(one), shown=lambda rows: any(map(_loss_beside, rows))),
     Column("energy", _energy, JOULES),
     Column("source", lambda one: entry(one.engine).source),
 )

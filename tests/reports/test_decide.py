@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -687,6 +688,89 @@ def test_accuracy_is_told_with_its_examples_and_what_guessing_has() -> None:
     )
     many = [replace(run, summary=replace(run.summary, eval_examples=872)) for run in runs]
     assert not any("most frequent class" in each for each in decide(many, default_criteria()).warnings)
+
+
+EASY_AND_HARD = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+"""Losses of eight held-out sequences of one label each."""
+
+
+def evaluated(engine: str, last: Sequence[float], **changes: Any) -> list[Run]:
+    return [
+        make_run(
+            engine, round=i, job=REAL, eval_loss_first=5.0, eval_loss_last=sum(last) / len(last),
+            eval_sequence_labels=(1,) * len(last), eval_sequence_losses_first=(5.0,) * len(last),
+            eval_sequence_losses_last=tuple(last), **changes,
+        )
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+
+
+def test_a_criterion_on_loss_is_judged_over_sequences() -> None:
+    """However well the runs agree; beside native sequence by sequence, so that hard ones are no noise."""
+    native = evaluated("native", EASY_AND_HARD)
+    half_worse = [each + 0.5 + 0.01 * each for each in EASY_AND_HARD]
+    change = criterion("heldout_change", 0.0, comparison="less than", engine="native")
+    ratio_ = criterion("heldout_ratio", 1.02, engine="zo2")
+    few, worse = decide([*native, *evaluated("zo2", half_worse)], criteria(change, ratio_)).rows
+    assert (few.outcome, few.note) == ("unknown", "of 8 held-out sequences, which are too few to say")
+    assert few.measured == pytest.approx(-0.5)
+    assert few.measured_low is not None
+    assert few.measured_low < -2.0
+    assert worse.outcome == "fail"
+    assert worse.measured_low is not None
+    assert worse.measured_low > 1.02
+
+    before = [
+        replace(run, summary=replace(run.summary, eval_sequence_labels=())) for run in (*native, *native)
+    ]
+    (kept,) = decide(before, criteria(change)).rows
+    assert kept.outcome == "pass"
+    assert kept.note == "losses of each held-out sequence are not known, so the range is over runs alone"
+
+
+def test_of_losses_that_other_sequences_may_turn_around_neither_method_is_better() -> None:
+    """Then time decides among methods of one kind, and no zeroth-order one comes first for it."""
+
+    def chosen(other: str, differs: Callable[[int], float], than: str = "native") -> Verdict:
+        losses = [each / 4 + differs(number) for number, each in enumerate(EASY_AND_HARD)]
+        more = {"step_s": scaled(0.5), "peak_gpu_reserved_bytes": 2**29}
+        best = evaluated(than, [each / 4 for each in EASY_AND_HARD], peak_gpu_reserved_bytes=2**30)
+        return decide([*best, *evaluated(other, losses, **more)], default_criteria(), make_machine())
+
+    def by_chance(number: int) -> float:
+        return 0.3 if number % 2 else -0.1  # 0.1 more: 9 % of the loss
+
+    def always(number: int) -> float:
+        return 0.1 + 0.01 * (number % 2)
+
+    assert chosen("exact-offload", always, than="torchao-offload").method == "torchao-offload"
+    assert chosen("exact-offload", by_chance, than="torchao-offload").method == "exact-offload"
+    for other in ("exact-offload", "mezo", "lora"):  # other than native, what most people would use
+        assert chosen(other, by_chance).method == "native"
+    better = chosen("mezo", lambda number: -always(number))
+    assert better.method == "mezo"
+    assert {each.engine: each.beaten_by for each in better.methods}["native"] == "mezo"
+    unsure = chosen("exact-offload", lambda number: -by_chance(number))
+    assert unsure.method == "exact-offload"  # it is faster
+    assert {each.engine: each.beaten_by for each in unsure.methods}["native"] is None
+
+
+def test_a_loss_is_told_beside_natives_on_the_same_sequences() -> None:
+    def told(differs: Callable[[int], float]) -> str:
+        losses = [each + differs(number) for number, each in enumerate(EASY_AND_HARD)]
+        all_ = group([*evaluated("native", EASY_AND_HARD), *evaluated("lsp", losses)], None)
+        found = learned("lsp", all_)
+        assert found is not None
+        return learned_text(found)
+
+    assert told(lambda number: 0.1) == (
+        "loss 4.6000 of 8 sequences (95 %: 2.5522 to 6.6478) on held-out data; before training 5.0000; "
+        "native 4.5000, sequence by sequence +0.1000 (95 %: +0.1000; worse)"
+    )
+    assert told(lambda number: -0.2 + 0.1 * (number % 2)).endswith(
+        "-0.1500 (95 %: -0.1947 to -0.1053; better)"
+    )
+    assert told(lambda number: (-1.0) ** number).endswith("undecided)")
 
 
 def test_a_deadline_is_not_missed_by_steps_that_were_padded() -> None:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records.stats import Rounds, aggregate
-from reports.examples import ENOUGH_SEQUENCES, loss_over_sequences, share_interval
+from reports.examples import (
+    ENOUGH_SEQUENCES,
+    change_over_sequences,
+    difference_over_sequences,
+    loss_over_sequences,
+    ratio_over_sequences,
+    share_interval,
+)
 from reports.judging.quality import learned, learned_text
 from reports.metrics import group
 from reports.tables import speed_table
@@ -89,6 +96,49 @@ def test_more_sequences_say_more_in_any_order(
     other = loss_over_sequences(of_losses(*map(tuple, zip(*shuffled, strict=True))))
     assert other is not None
     assert (other.low, other.high) == pytest.approx((few.low, few.high))
+
+
+@given(sequences, st.data())
+@settings(max_examples=100, deadline=None)
+def test_methods_are_compared_sequence_by_sequence(
+    drawn: list[tuple[int, float]], data: st.DataObject
+) -> None:
+    """Oracles as above, of differences and multiples; a method beside itself is undecided, and the sign of a
+    difference turns with its sides."""
+    labels = np.array([each for each, _ in drawn])
+    one = labels * np.array([each for _, each in drawn])
+    count = len(drawn)
+    other = one + data.draw(st.lists(st.floats(-0.009, 3.0), min_size=count, max_size=count))
+    mine, its = (of_losses(tuple(labels.tolist()), tuple(each.tolist())) for each in (one, other))
+    t = scipy.stats.t.ppf(0.975, count - 1)
+    for found, above, below in (
+        (difference_over_sequences(its, mine), other - one, labels),
+        (ratio_over_sequences(its, mine), other, one),
+        (change_over_sequences(of_losses(tuple(labels.tolist()), tuple(other.tolist()),
+                                         first=tuple(one.tolist()))), other - one, labels),
+    ):  # fmt: skip
+        assert found is not None
+        value = above.sum() / below.sum()
+        error = np.std(above - value * below, ddof=1) * np.sqrt(count) / below.sum()
+        assert found.value == pytest.approx(value, abs=1e-9)
+        assert found.high - found.value == pytest.approx(t * error, rel=5e-4, abs=1e-7)
+        assert found.value - found.low == pytest.approx(found.high - found.value)
+    turned = difference_over_sequences(mine, its)
+    same = difference_over_sequences(mine, mine)
+    assert turned is not None
+    assert same is not None
+    assert (same.low, same.high) == (0.0, 0.0)
+    straight = difference_over_sequences(its, mine)
+    assert straight is not None
+    assert (turned.low, turned.high) == pytest.approx((-straight.high, -straight.low))
+
+
+def test_other_sequences_are_compared_with_nothing() -> None:
+    one, other = of_losses((9,) * 5, (1.0, 2.0, 3.0, 4.0, 5.0)), of_losses((9,) * 6, (1.0,) * 6)
+    assert difference_over_sequences(one, other) is ratio_over_sequences(one, other) is None
+    nothing = of_losses((9,) * 5, (0.0,) * 5)
+    assert difference_over_sequences(one, nothing) is not None
+    assert ratio_over_sequences(one, nothing) is None
 
 
 def test_what_was_not_kept_has_no_interval() -> None:
