@@ -79,11 +79,13 @@ STREAM_LAUNCHES = 16
 such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
 three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-BLOCK_LAUNCHES = 95
+BLOCK_LAUNCHES = 125
 """Per block whose weights stay, in operations without autograd and once a step: all that the interpreter's
 lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
-time: on a CPU a tiny block takes 97 to 108; with `REPLAY_LAUNCHES` blocks of RoBERTa, GPT-2, OPT-350M and
-SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation took 13 to 19 us."""
+time: on a CPU, where there are no events and streams, a tiny block takes 97 to 108; with `REPLAY_LAUNCHES`
+blocks of RoBERTa, GPT-2, OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation
+took 13 to 19 us, and of deepseek-coder at 1.3B with 1 x 384 tokens 2.2 and 2.3 ms at 13 us
+(reports/results/deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter)."""
 
 REPLAY_LAUNCHES = 15
 """The same of each micro-batch where blocks run as CUDA graphs, both passes: copies in and out of the graphs'
