@@ -36,6 +36,7 @@ def warnings(
         _about_criteria(runs, criteria),
         _about_offload(criteria),
         _about_failures(all_),
+        _about_seen(runs),
         _about_worse(all_),
         _about_guessing(all_),
         _about_padding(all_),
@@ -152,6 +153,12 @@ def _about_quality(all_: Measurements) -> str | None:
     if len(all_.rounds) < 2 or (best := best_quality(all_.rounds, all_)) is None or best.told:
         return None
     return say("warning.too_short_to_tell", before=loss(best.before), after=loss(best.after))
+
+
+def _about_seen(runs: Sequence[Run]) -> str | None:
+    """Held-out data that is in the training data as well."""
+    seen = max((run.summary.eval_in_training or 0 for run in runs), default=0)
+    return say("warning.seen", count=f"{seen:,}") if seen else None
 
 
 def _about_worse(all_: Measurements) -> str | None:

@@ -31,6 +31,7 @@ from harness.data.token_tables import (
     instruction_table,
     question_table,
     questions_of,
+    rows_in,
     text_tables,
 )
 from harness.data.tokenized import Tokenized
@@ -55,13 +56,14 @@ class Data:
         readings: tuple[str, ...] = (),
         label_names: tuple[str, ...] = (),
         num_examples: int | None = None,
+        evaluated_in_training: int = 0,
         is_regression: bool = False,
     ) -> None:
         self._micro_batch = micro_batch
         self._accumulation = accumulation
         self._description = description
         self.evaluation = evaluation
-        """Held-out batches, which training never sees; the last may be smaller."""
+        """Held-out batches; the last may be smaller."""
         self.test = test or []
         """Batches of what nothing is chosen by."""
         self.readings = readings
@@ -70,6 +72,8 @@ class Data:
         """Of the classes, in their order; empty where the data numbers them from 0."""
         self.num_examples = num_examples
         """Training sequences; `None`: without end."""
+        self.evaluated_in_training = evaluated_in_training
+        """Sequences of `evaluation` that are in the training set too."""
         self.is_regression = is_regression
         """Labels are numbers to be predicted."""
 
@@ -149,6 +153,11 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
             train, held_out = end_to_end(train, job.seq_len), end_to_end(held_out, job.seq_len)
     readings = [str(reading) for reading in examples.readings]
     readings += _left_out(examples, job, bad)
+    if examples.kind != "builtin" and (seen := len(rows_in(held_out, train))):
+        readings.append(
+            f"{seen:,} of {len(held_out):,} held-out examples are in the training data too, so that what is "
+            "measured on them says nothing of others"
+        )
     return _tokenized(job, examples, train, held_out, tokenizer, tuple(readings))
 
 
@@ -266,6 +275,7 @@ def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None
     evaluation = [
         batch_of(held_out, chosen[first : first + together]) for first in range(0, evaluated, together)
     ]
+    seen = None if job.data.train == "builtin" else set(rows_in(held_out, train))
     return Data(
         micro_batch=micro_batch,
         accumulation=job.accumulation,
@@ -275,6 +285,7 @@ def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None
         readings=tokenized.readings,
         label_names=tokenized.label_names,
         num_examples=len(train),
+        evaluated_in_training=0 if seen is None else len(seen.intersection(chosen)),
         is_regression=train.classes is not None and train.classes.is_floating_point(),
     )
 

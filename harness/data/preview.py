@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -15,7 +14,7 @@ from engines.model.label_words import WORDS
 from engines.shapes import ModelShape
 from harness.data.batches import batches_of, tokenize
 from harness.data.examples import examples_of
-from harness.data.token_tables import UNLABELLED, TokenTable
+from harness.data.token_tables import UNLABELLED, row_keys, rows_in
 from harness.models.configs import load_config
 from harness.models.tokenizers import load_tokenizer
 from harness.records.job import Job
@@ -82,7 +81,7 @@ def preview(job: Job, shape: ModelShape, examples: int) -> Preview:
     train, held_out = tokenized.train, tokenized.held_out
     epoch = -(-len(train) // (job.batch_size * job.accumulation))
     lengths = pd.Series(train.lengths.numpy())
-    keys, others = _keys(train), _keys(held_out)
+    keys = pd.Series(row_keys(train), dtype=object)
     return Preview(
         readings=tokenized.readings,
         description=tokenized.description,
@@ -96,16 +95,8 @@ def preview(job: Job, shape: ModelShape, examples: int) -> Preview:
         padded_share=data.padded_share(min(epoch, MOST_STEPS)),
         label_counts=_label_counts(job),
         duplicates=int(keys.duplicated().sum()),
-        held_out_in_training=int(others.isin(keys).sum()),
+        held_out_in_training=len(rows_in(held_out, train)),
     )
-
-
-def _keys(table: TokenTable) -> pd.Series[bytes]:
-    """What tells the rows of a table apart: their tokens."""
-    values = table.tokens.numpy()
-    bounds = table.starts.tolist()
-    rows = [values[first:last].tobytes() for first, last in pairwise(bounds)]
-    return pd.Series(rows, dtype=object)
 
 
 def _label_counts(job: Job) -> dict[str, int]:

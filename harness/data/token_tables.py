@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -128,6 +129,18 @@ class TokenTable:
         inputs = dict(each.batch(sequences, seq_len, pad_id).inputs)
         words = inputs.pop("labels")
         return Batch(inputs={**inputs, WORDS: words, "labels": self.classes[torch.tensor(rows)]})
+
+
+def row_keys(table: TokenTable) -> list[bytes]:
+    """What tells the rows of a table apart: their tokens."""
+    values = table.tokens.numpy()
+    return [values[first:last].tobytes() for first, last in pairwise(table.starts[:: table.choices].tolist())]
+
+
+def rows_in(table: TokenTable, other: TokenTable) -> list[int]:
+    """Rows of `table` whose tokens are those of some row of `other`."""
+    there = set(row_keys(other))
+    return [row for row, key in enumerate(row_keys(table)) if key in there]
 
 
 def table_of(

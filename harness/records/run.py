@@ -81,6 +81,8 @@ class Summary:
     eval_examples: Annotated[int | None, Field(exclude_if=lambda value: value is None)] = None
     """That each of the two rests on. `None`: labels are the tokens of a text, nothing was evaluated, or the
     record is of before this was kept."""
+    eval_in_training: Annotated[int | None, Field(exclude_if=lambda value: not value)] = None
+    """How many of the held-out sequences that were evaluated are in the training data too."""
     eval_majority_class: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """Share of those that are of the most frequent class; `None` also where there are no classes."""
     eval_sequence_labels: Annotated[tuple[int, ...], Field(exclude_if=lambda value: not value)] = ()

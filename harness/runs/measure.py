@@ -86,6 +86,7 @@ class RunRecording:
     setup_s: float | None = None
     setup_parts: SetUpParts = field(default_factory=SetUpParts)
     evaluations: list[Evaluation] = field(default_factory=list)
+    evaluated_in_training: int = 0
     eval_s: list[float] = field(default_factory=list)
     """Time of each evaluation."""
     energy_j: float | None = None
@@ -128,6 +129,7 @@ class RunRecording:
             eval_accuracy_first=None if first is None else share_right(first),
             eval_accuracy_last=None if last is None else share_right(last),
             eval_examples=None if first is None else first.num_examples,
+            eval_in_training=self.evaluated_in_training or None,
             eval_majority_class=None if first is None else majority_class(first),
             eval_sequence_labels=() if first is None else first.sequence_labels,
             eval_sequence_losses_first=() if first is None else _in_fp32_digits(first.sequence_losses),

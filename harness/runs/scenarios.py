@@ -25,6 +25,9 @@ class StepData(Protocol):
     @property
     def test(self) -> Sequence[Batch]: ...
 
+    @property
+    def evaluated_in_training(self) -> int: ...
+
     def step_batches(self, step: int) -> Sequence[Batch]: ...
 
 
@@ -71,6 +74,7 @@ class Train:
         engine.synchronize()
         started_s = clock()
         recording.evaluations.append(engine.evaluate(self.data.evaluation))
+        recording.evaluated_in_training = self.data.evaluated_in_training
         engine.synchronize()
         recording.eval_s.append(clock() - started_s)
 

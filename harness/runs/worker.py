@@ -115,6 +115,7 @@ class _NoData:
 
     evaluation: Sequence[Batch] = ()
     test: Sequence[Batch] = ()
+    evaluated_in_training = 0
 
     def step_batches(self, step: int) -> Sequence[Batch]:
         return ()

@@ -773,6 +773,16 @@ def test_a_loss_is_told_beside_natives_on_the_same_sequences() -> None:
     assert told(lambda number: (-1.0) ** number).endswith("undecided)")
 
 
+def test_held_out_data_that_was_trained_on_is_warned_of() -> None:
+    run = make_run("native", job=REAL, eval_accuracy_last=0.97, eval_examples=200)
+    assert not any("training data too" in each for each in decide([run], default_criteria()).warnings)
+    leaked = replace(run, summary=replace(run.summary, eval_in_training=180))
+    (warning,) = [
+        each for each in decide([leaked], default_criteria()).warnings if "training data too" in each
+    ]
+    assert warning.startswith("180 of the held-out sequences")
+
+
 def test_a_deadline_is_not_missed_by_steps_that_were_padded() -> None:
     """1,000 steps of 1 s, of which 40 % of the tokens are no padding: 2.7 to 16.7 minutes as `run` pads."""
     rows = make_test_job(model={"name": "opt-1.3b"}, data={"train": "rows.tsv"}, seq_len=64)

@@ -103,6 +103,28 @@ def test_an_evaluation_is_drawn_by_the_seed(uneven: Path, tmp_path: Path, paddin
     assert len({tuple(row[:6]) for row in rows}) == 200
 
 
+def test_held_out_data_that_is_trained_on_is_counted(uneven: Path, tmp_path: Path) -> None:
+    """With the training file given for `--eval-data`, all; of another file, its first half."""
+    half = tmp_path / "half.tsv"
+    lines = uneven.read_text().splitlines(keepends=True)
+    half.write_text("".join(lines[:20]) + "".join(f"other {n}\t{n % 2}\n" for n in range(20)))
+
+    def counted(path: Path | None, **fields: Any) -> int:
+        job = Job(
+            model=ModelSource(name="tiny-roberta", random_weights=True),
+            data=DataSource(train=str(uneven), evaluate=None if path is None else str(path)),
+            batch_size=4, seq_len=128, **{"eval_batches": 10, **fields},
+        )  # fmt: skip
+        data = make_data(job, resolve_shape(job))
+        told = any("held-out examples are in the training data too" in line for line in data.readings)
+        assert told is (data.evaluated_in_training > 0)
+        return data.evaluated_in_training
+
+    assert counted(uneven, eval_batches=3) == 12
+    assert counted(half) == 20
+    assert counted(None) == 0
+
+
 def test_data_shows_what_the_model_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.csv"
     path.write_text("review,stars\n" + "".join(f"text {n % 10},{1 + n % 2}\n" for n in range(60)))
@@ -110,7 +132,9 @@ def test_data_shows_what_the_model_sees(tmp_path: Path, capsys: pytest.CaptureFi
     app([*arguments, "--examples", "1", "--json"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert found["readings"] == [
-        "x.csv: CSV, with a header; text = review, label = stars (1 0, 2 1); 60 records"
+        "x.csv: CSV, with a header; text = review, label = stars (1 0, 2 1); 60 records",
+        "6 of 6 held-out examples are in the training data too, so that what is measured on them says "
+        "nothing of others",
     ]
     assert sum(found["label_counts"].values()) == found["training"] == 54
     assert found["duplicates"] == 54 - 10

@@ -66,6 +66,7 @@ TEST = ["test"]
 class Data:
     evaluation: Any = ("development",)
     test: Any = TEST
+    evaluated_in_training = 0
 
     def step_batches(self, step: int) -> Sequence[Batch]:
         return ()

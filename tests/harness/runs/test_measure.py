@@ -30,6 +30,7 @@ class NumberedData:
     """Remembers which steps were asked for."""
 
     evaluation: Sequence[Batch] = ()
+    evaluated_in_training = 0
 
     def __init__(self) -> None:
         self.asked: list[int] = []
