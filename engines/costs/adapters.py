@@ -25,8 +25,13 @@ ADAPTER_KEEPS = 0.1
 """What adapters in compiled blocks keep for the backward pass, as a share of what the blocks keep: 0.06 at
 1.3B and 0.12 at Qwen2.5 1.5B, one H200."""
 
-ADAPTER_BYTES_COMPILED = 8
-"""The same in compiled blocks, which fuse the casts. Estimated."""
+ADAPTER_BYTES_COMPILED = 6.5
+"""The same in compiled blocks, which fuse the casts of activations: with the backward pass 9.5 bytes for each
+value that enters and 10 for each that leaves. Counted in the compiler's code for a block of Qwen2.5."""
+
+ADAPTER_CASTS = 2
+"""Kernels of an adapted layer in a compiled block that cast both fp32 adapters to 16 bits in a forward pass,
+and as many that cast their gradients back: the compiler makes one for each. Counted there too."""
 
 WIDE_OF_ADAPTERS = 3
 """Of the widest states at which an adapted layer ends or begins, those that adapters add in a compiled block
@@ -103,6 +108,8 @@ def _traffic(
     own = transformer.block_forward_flops(shape, workload)
     values = sum(m.rows + m.columns for m in adapted) * workload.tokens_per_step
     matrices = sum(m.parameters for m in shape.matrices)
+    in_graphs = how.captured or how.compiled
+    casts = ADAPTER_CASTS * (passes - 1) if element < 4 and how.compiled else 0.0
     widened = 0.0 if wide == 0 else DEQUANTIZE_BYTES * (passes - 1) * workload.accumulation * matrices
     layers = []
     for layer in transformer.training_layers(shape, workload, how):
@@ -119,7 +126,7 @@ def _traffic(
                 products=layer.products - len(shape.matrices) * workload.accumulation,
                 # Products of an adapter are narrow, and take what they move.
                 kernels=layer.kernels
-                + int(2 * passes) * len(adapted) * workload.accumulation * (how.captured or how.compiled),
+                + int(2 * passes + casts) * len(adapted) * workload.accumulation * in_graphs,
                 launches=layer.launches
                 + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
                 * workload.accumulation,

@@ -357,6 +357,23 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
             assert (launches, python) == (count * (own + 4 * len(TINY.matrices)) + once, in_python)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "recomputed", "kernels"), [("bf16", 0, 6 + 4), ("bf16", 24, 8 + 6), ("fp32", 0, 6)]
+)
+def test_adapters_in_compiled_blocks_are_products_and_casts(
+    dtype: Dtype, recomputed: int, kernels: int
+) -> None:
+    """Of each adapted layer two products a forward pass and four of the backward pass; of 16-bit jobs both
+    fp32 adapters are cast in each forward pass, and their gradients once. By the compiler's code: in a block
+    that runs again 14 casts each time of 7 layers, and 14 of gradients."""
+    workload = replace(TRAINING, dtype=dtype, checkpointing=True)
+    own, with_adapters = (
+        cost(engine, DEEPSEEK_1B, workload, checkpointed_blocks=recomputed).layers[1].kernels
+        for engine in ("native", "lora")
+    )
+    assert with_adapters - own == 7 * kernels
+
+
 @pytest.mark.parametrize("engine", ["native", "lora", "lsp"])
 def test_kernels_take_as_long_whether_the_cpu_starts_them_or_a_graph_does(engine: str) -> None:
     """Only compiled ones: a graph is never slower for what it does on the GPU."""
