@@ -15,6 +15,8 @@ _ROLES: dict[str, ChatRole] = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
     "chatgpt": "assistant",
 }  # fmt: skip
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_BESIDE_TEXT = ("images", "image", "videos", "video", "audio", "audios")
 _TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "ipython")
 
 
@@ -22,7 +24,8 @@ def chat_example(values: Mapping[str, Any], place: str) -> ChatExample:
     """A record of turns, those of the assistant learnt unless their `weight` is 0.
 
     What follows the last learnt turn is left off: nothing is learnt from it. Raises `UnusableError` for a
-    conversation without a turn to learn, for calls of tools, pictures, and roles that are not known.
+    conversation without a turn to learn, for calls of tools, reasoning apart from the content, pictures, and
+    roles that are not known.
     """
     messages = values.get("messages")
     if isinstance(messages, str) and messages.lstrip().startswith("["):  # in a cell of a table
@@ -47,6 +50,10 @@ def _turn(message: object) -> Turn:
         raise UnusableError("one of its messages is not an object with a role and a content")
     if message.get("tool_calls") or message.get("function_call"):
         raise UnusableError("it holds calls of tools, which are not read")
+    if (key := next((key for key in _REASONING if message.get(key)), None)) is not None:
+        raise UnusableError(f'a turn has reasoning beside its content ("{key}"); write it there or remove it')
+    if (key := next((key for key in _BESIDE_TEXT if message.get(key)), None)) is not None:
+        raise UnusableError(f'a turn has "{key}" beside its content, and only text is read')
     name = message.get("role", message.get("from"))
     lower = str(name).casefold()
     if lower in _TOOLS:

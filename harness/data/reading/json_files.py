@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from engines.errors import UserError
-from harness.data.reading.files import LONE_SURROGATE, BadRecord, Record, Records
+from harness.data.reading.files import LONE_SURROGATE, BadRecord, Record, Records, shortened
 
 LAYOUTS = "see 'lspzo-bench data --help' for the layouts"
 
@@ -21,12 +22,12 @@ def json_records(name: str, text: str, *, lines: bool) -> Records:
     if lines and start != "[":
         return _from_lines(name, text)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and start == "{":
             return _from_lines(name, text)
         raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key twice
         raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
     except RecursionError:
         raise UserError(name, "is nested too deeply to be records", LAYOUTS) from None
@@ -39,6 +40,15 @@ def json_records(name: str, text: str, *, lines: bool) -> Records:
     return records_of(
         "JSON", [(number, f"record {number}", each) for number, each in enumerate(value, start=1)]
     )
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two values for one key `json` keeps the last without a word. Raises `ValueError`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shortened(twice)!r} is there twice in one object")
+    return found
 
 
 def _no_list(value: object) -> tuple[str, str]:
@@ -57,7 +67,7 @@ def _from_lines(name: str, text: str) -> Records:
         if not line.strip():
             continue
         try:
-            values.append((number, f"line {number}", json.loads(line)))
+            values.append((number, f"line {number}", json.loads(line, object_pairs_hook=_each_key_once)))
         except (ValueError, RecursionError) as error:
             why = f"is not valid JSON ({error})"
             bad.append(BadRecord(position=number, place=f"line {number}", why=why))

@@ -222,11 +222,28 @@ def test_half_characters_are_replaced_and_counted(tmp_path: Path) -> None:
     assert "2 broken characters replaced" in str(found.readings[0])
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_key_that_is_there_twice_is_not_read_as_its_last_value(tmp_path: Path, lines: bool) -> None:
+    record = '{"instruction": "a", "output": "the first", "output": "the second"}'
+    path = tmp_path / ("x.jsonl" if lines else "x.json")
+    path.write_text(record if lines else f"[{record}]")
+    with pytest.raises(UserError, match="the key 'output' is there twice in one object"):
+        read_examples(DataSource(train=str(path)))
+
+
 REFUSED: dict[str, tuple[list[Any], str]] = {
     "preferences": ([{"prompt": "p", "chosen": "a", "rejected": "b"}], "preferences .*no method here learns"),
     "KTO": ([{"prompt": "p", "completion": "a", "label": True}], "marked good or bad"),
     "tools": ([{"messages": MESSAGES["messages"], "tools": [{"name": "f"}]}], "calls of tools"),
     "tool turn": ([{"messages": [{"role": "tool", "content": "x"}]}], "line 1: it holds calls of tools"),
+    "reasoning": (
+        [{"messages": [{"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}]}],
+        r"reasoning beside its content \(\"reasoning_content\"\)",
+    ),
+    "pictures of a turn": (
+        [{"messages": [{"role": "assistant", "content": "a dog", "images": ["x.png"]}]}],
+        '"images" beside its content, and only text',
+    ),
     "no assistant": ([{"messages": [{"role": "user", "content": "x"}]}], "no turn of the assistant"),
     "picture": ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "only text is read"),
     "object": ([{"instruction": "a", "output": {"a": 1}}], '"output" is an object, not text'),
