@@ -56,13 +56,17 @@ before they would have gone."""
 LEAST_GRADIENT_BLOCKS = 4
 """Of what `few_gradient_blocks` says."""
 
-LAUNCHES = 140
-"""Per block, in operations without autograd: Python around its chunks, events and the CPU's queue.
-On a CPU the thread that starts a block of a tiny model takes 80 to 170 of them longer than native's."""
+LAUNCHES = 95
+"""Per block of five chunks, in operations without autograd: Python around them, events and the CPU's queue,
+of all threads, since the interpreter's lock lets one at a time go on. Counted: on a CPU, where events do
+nothing, a block of a tiny model takes 78 of them longer than native's (103 while each chunk went down by
+itself), and what it asks of the driver, 22 events and 36 waits and questions (39 and 74 then), is some 15
+more at 7 us an event (`engines.transfer.clock.compute_stream`) and, guessed, 2 for the others."""
 
 GPU_UPDATE_LAUNCHES = 300
 """Likewise of a block that the GPU updates. From one run on an H200, in which 24 blocks, 22 of them its own,
-took 5.6 ms each in launches of 14 us, each tensor then updated by itself; tensors in one go spare some 40."""
+took 5.6 ms each in launches of 14 us, each tensor then updated by itself; tensors in one go spare some 40,
+and some 5 that they are widened and rounded in one go, too."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""

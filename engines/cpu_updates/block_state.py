@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from math import prod
 
@@ -367,10 +368,14 @@ class GradientBuffers:
         """The place of each rank that has that number there, (elements,)."""
         return [own[place] for own, place in zip(self._of_ranks, places, strict=True)]
 
-    def take(self) -> int:
-        """The number of a free place, once there is one. Raises `RuntimeError` if none gets free."""
+    def take(self, waiting: Callable[[], AbstractContextManager[None]] = nullcontext) -> int:
+        """The number of a free place, once there is one: if it is waited for, in `waiting()`. Raises
+        `RuntimeError` if none gets free."""
+        with suppress(queue.Empty):
+            return self._free.get_nowait()
         try:
-            return self._free.get(timeout=WAIT_LIMIT_S)
+            with waiting():
+                return self._free.get(timeout=WAIT_LIMIT_S)
         except queue.Empty:
             raise RuntimeError(f"the CPU freed no gradient within {WAIT_LIMIT_S:.0f} s") from None
 

@@ -56,8 +56,8 @@ class GradientNorms:
     def take(self, group: int, gradient: Tensor) -> Tensor:
         """(1,) on the device: the squared norm of a group's `gradient`, (elements,)."""
         norm = self.of_groups[group : group + 1]
-        norm.copy_(torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
-        return norm
+        found = torch.linalg.vector_norm(gradient, dim=0, keepdim=True, dtype=torch.float32)
+        return torch.square(found, out=norm)
 
     def finish(self, share: StepShare, squared: Tensor, *, waits: bool) -> Tensor | None:
         """Where gradients are clipped, bring the squared norm of the whole, (1,), to the host, for this step

@@ -125,16 +125,20 @@ class UpdatePipeline:
         """Take a job whose downloads are enqueued. Does not wait."""
         if not updates:
             return
-        self._add(_Job(list(updates)))
+        self._add([_Job(list(updates))])
+
+    def submit_each(self, updates: Sequence[ChunkUpdate]) -> None:
+        """`submit` each by itself; the thread is woken once."""
+        self._add([_Job([update]) for update in updates])
 
     def submit_norms(self, updates: Sequence[ChunkUpdate]) -> None:
         """With several ranks, take the norm of the sum of their gradients of some chunks, which are submitted
         when that of all chunks is known (`wait_for_norm`). Does not wait."""
-        self._add(_Job(list(updates), is_of_norms=True))
+        self._add([_Job(list(updates), is_of_norms=True)])
 
-    def _add(self, job: _Job) -> None:
+    def _add(self, jobs: Sequence[_Job]) -> None:
         with self._changed:
-            self._arriving.append(job)
+            self._arriving.extend(jobs)
             self._changed.notify()
 
     def wait_for_norm(self, step: int) -> float:
@@ -163,15 +167,18 @@ class UpdatePipeline:
             raise GradientNotFinite(update.share.step)
         return update.applied
 
-    def compute_waits(self, update: ChunkUpdate, clock: ComputeClock) -> None:
-        """Let the compute stream wait for a chunk's application, which is no compute.
+    def compute_waits(self, updates: Sequence[ChunkUpdate], clock: ComputeClock) -> None:
+        """Let the compute stream wait for the application of chunks, which is no compute.
 
         Raises `NonFiniteLoss` for a gradient that was not finite, the `UserError` or `PeerLost` that kept the
         worker from it, and what `wait` raises.
         """
+        if not updates:
+            return
         try:
             with clock.standing():
-                self._link.wait(self.wait(update))
+                for update in updates:
+                    self._link.wait(self.wait(update))
         except GradientNotFinite as error:
             raise NonFiniteLoss(str(error)) from None
         except RuntimeError as error:

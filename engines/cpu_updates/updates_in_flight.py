@@ -70,16 +70,16 @@ class UpdatesInFlight:
         self._wait_for(self._of[place])
 
     def _wait_for(self, updates: Sequence[ChunkUpdate]) -> None:
-        for update in updates:
-            if self._pipeline is None:
+        if self._pipeline is None:
+            for update in updates:
                 if update.failed:
                     raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
-                continue
-            try:
-                self._pipeline.compute_waits(update, self._clock)
-            except NonFiniteLoss:
-                self.discard()
-                raise
+            return
+        try:
+            self._pipeline.compute_waits(updates, self._clock)
+        except NonFiniteLoss:
+            self.discard()
+            raise
 
     def discard(self) -> None:
         """Let the compute stream wait for all that is on its way, finite or not, and forget it."""

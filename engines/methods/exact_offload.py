@@ -432,6 +432,8 @@ class ExactOffload:
         self._compute.go_on_with("optimizer")
         self._finish()
         self._compute.stop()
+        # Asking some hundred events takes milliseconds: before the GPU is waited for, and not after.
+        busy = self._clocks.take_s(self.link)
         value = sum_of_losses(world, self._loss.read())  # the step's only wait for the GPU
         if not math.isfinite(value):
             self._in_flight.discard()
@@ -446,7 +448,6 @@ class ExactOffload:
         disk = None if self._kept is None else self._kept.disk
         if self._disk_weights is not None:
             from_disk = self._disk_weights.sent_bytes - from_disk
-        busy = self._clocks.take_s(self.link)
         on_host = {} if self._pipeline is None else self._pipeline.step_ended(busy["gpu_s"])
         return StepStats(
             loss=value,
@@ -504,6 +505,7 @@ class ExactOffload:
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
+        self._compute.stop()  # what is waited for now is no compute
         if self.streamed is None:
             if index == self._updated_by_gpu:  # by now the GPU has those before it to compute
                 self._check_norm_on_gpu()
@@ -520,10 +522,12 @@ class ExactOffload:
             self._begin_non_block(each for each in every if each not in self.last_non_block)
 
     def before_backward(self, index: int) -> None:
+        """A block's gradients are about to be made: its slot must be free, and its weights must be there."""
+        self._compute.stop()
         if self.streamed is not None:
             self.streamed.enter_backward(index)
-        self._compute.go_on_with(f"backward {index}")
         self._slots.enter(index)
+        self._compute.go_on_with(f"backward {index}")
 
     def gradients(self, index: int, found: Sequence[Tensor | None], *, first: bool) -> None:
         """Sum a micro-batch's gradients in the block's slot."""
@@ -541,8 +545,7 @@ class ExactOffload:
             self.streamed.leave(index)
             self.streamed.forget(index)
         assert self._buffers is not None
-        with self._compute.standing():
-            place = self._buffers.take()
+        place = self._buffers.take(self._compute.standing)
         give = partial(self._buffers.give, place)
         downloaded = self._send(
             index,
@@ -625,17 +628,16 @@ class ExactOffload:
             place[: gradient.numel()].copy_(gradient)
             return Event()
         name = f"block {index}" if index < self._num_blocks else "outside the blocks"
-        self.link.download(norm, chunks[0].squared_norm, after=ready, name="norm")
-        for chunk, update in zip(chunks, updates, strict=True):
-            its = gradient[chunk.begin : chunk.end]
-            update.downloaded = self.link.download(its, _arriving(chunk), after=ready, name=name)
-            if not self.settings.waits_for_norm and kept.comes_by_itself(index):
-                self._pipeline.submit([update])
-            if self.settings.waits_for_norm and self._ranks is not None:
-                self._pipeline.submit_norms([update])
-        if not (self.settings.waits_for_norm or kept.comes_by_itself(index)):
+        copies = [(gradient[chunk.begin : chunk.end], _arriving(chunk)) for chunk in chunks]
+        arrived = self.link.download_each([(norm, chunks[0].squared_norm), *copies], after=ready, name=name)
+        for update, event in zip(updates, arrived[1:], strict=True):
+            update.downloaded = event
+        if not self.settings.waits_for_norm:
             kept.submit(index, updates, self._pipeline)
-        return updates[-1].downloaded
+        elif self._ranks is not None:
+            for update in updates:
+                self._pipeline.submit_norms([update])
+        return arrived[-1]
 
     def _from_ranks(
         self, index: int, chunk: BlockChunk, buffers: GradientBuffers, number: int

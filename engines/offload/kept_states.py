@@ -37,14 +37,12 @@ class KeptStates:
     def submit(self, index: int, updates: Sequence[ChunkUpdate], pipeline: UpdatePipeline) -> None:
         """Hand a block's updates to the worker, those of one on disk when its state has come."""
         if self.disk is None or index not in self._on_disk:
-            for update in updates:
-                pipeline.submit([update])
+            pipeline.submit_each(updates)
             return
 
         def ready(memory: Tensor, failure: UserError | None) -> None:
             self.host.attach(index, memory, failure)
-            for update in updates:
-                pipeline.submit([update])
+            pipeline.submit_each(updates)
 
         self.disk.request(index, ready)
 
@@ -53,10 +51,6 @@ class KeptStates:
         if self.disk is not None and index in self._on_disk:
             self.host.attach(index, None)
             self.disk.release(index)
-
-    def comes_by_itself(self, index: int) -> bool:
-        """A block's state is there: its chunks may be handed over one by one."""
-        return index not in self._on_disk
 
     def weights_ahead(
         self, blocks: Sequence[int], link: Link, progress: ReportProgress

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,19 @@ def compute_stream(device: torch.device | None = None) -> torch.cuda.Stream:
     if found is None or found.device_index != index:
         found = _streams[handle] = torch.cuda.current_stream(index)
     return found
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """What the calling thread enqueues inside goes to `stream`, and after it to where it went before on that
+    device, which stays the current one. `torch.cuda.stream` makes an object of the stream before each time
+    (see `compute_stream`)."""
+    before = compute_stream(stream.device)
+    torch_cuda.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch_cuda.set_stream(before)
 
 
 def now_s() -> float:

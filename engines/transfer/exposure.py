@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engines.transfer.clock import EventPair, compute_stream
 
@@ -22,6 +24,9 @@ Resource = Literal["gpu", "d2h", "cpu", "h2d"]
 
 Interval = tuple[float, float]
 """Begin and end, in seconds of one clock."""
+
+Spans = NDArray[np.float64]
+"""(spans, 2): begin and end of each, in those seconds."""
 
 STEPS_BEHIND = 2
 
@@ -38,54 +43,37 @@ class Exposed:
     h2d_s: float | None = None
 
 
-def exposed(spans: Mapping[Resource, Iterable[Interval]], window: Interval) -> Exposed:
+def exposed(spans: Mapping[Resource, Sequence[Interval]], window: Interval) -> Exposed:
     """What of the window each resource was exposed. Spans of one may overlap and reach beyond the window.
 
     `None` for a resource that is not in `spans`, and for all if the GPU is not.
     """
     if "gpu" not in spans:
         return Exposed()
-    busy = {name: union(_clipped(each, window)) for name, each in spans.items()}
-    others = union(span for name, each in busy.items() if name != "gpu" for span in each)
-    alone = {name: length(each) - shared(each, busy["gpu"]) for name, each in busy.items() if name != "gpu"}
+    busy = {name: _clipped(each, window) for name, each in spans.items()}
+    on_gpu = busy.pop("gpu")
+    gpu_s, others = covered_s(on_gpu), np.concatenate([on_gpu[:0], *busy.values()])
+    alone = {name: max(0.0, covered_s(np.concatenate([on_gpu, each])) - gpu_s) for name, each in busy.items()}
     return Exposed(
-        gpu_s=length(busy["gpu"]) - shared(busy["gpu"], others),
+        gpu_s=max(0.0, covered_s(np.concatenate([on_gpu, others])) - covered_s(others)),
         d2h_s=alone.get("d2h"),
         cpu_s=alone.get("cpu"),
         h2d_s=alone.get("h2d"),
     )
 
 
-def union(spans: Iterable[Interval]) -> list[Interval]:
-    """The same time as spans that do not touch, ascending."""
-    found: list[Interval] = []
-    for begin, end in sorted(spans):
-        if found and begin <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
-        else:
-            found.append((begin, end))
-    return found
+def covered_s(spans: Spans) -> float:
+    """The time that any span has."""
+    begins, ends = spans[spans[:, 0].argsort()].T
+    until = np.maximum.accumulate(ends)
+    # Each adds what comes after all that began before it.
+    return float((until[1:] - np.maximum(begins[1:], until[:-1])).sum() + (ends[:1] - begins[:1]).sum())
 
 
-def length(spans: Sequence[Interval]) -> float:
-    return sum(end - begin for begin, end in spans)
-
-
-def shared(left: Sequence[Interval], right: Sequence[Interval]) -> float:
-    """The time that is in both. Each as `union` gives it."""
-    total, i, j = 0.0, 0, 0
-    while i < len(left) and j < len(right):
-        total += max(0.0, min(left[i][1], right[j][1]) - max(left[i][0], right[j][0]))
-        if left[i][1] <= right[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total
-
-
-def _clipped(spans: Iterable[Interval], window: Interval) -> list[Interval]:
-    clipped = ((max(begin, window[0]), min(end, window[1])) for begin, end in spans)
-    return [span for span in clipped if span[0] < span[1]]
+def _clipped(spans: Sequence[Interval], window: Interval) -> Spans:
+    found = np.array(spans, dtype=np.float64).reshape(-1, 2).clip(*window)
+    clipped: Spans = found[found[:, 0] < found[:, 1]]
+    return clipped
 
 
 class _Asked(NamedTuple):
@@ -98,7 +86,7 @@ class _Asked(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """The same, once it has ended: its time since a step began."""
+    """The same, once it has ended, by the clock of steps."""
 
     resource: Resource
     span: Interval
@@ -120,6 +108,9 @@ class ExposureClock:
         """Since the oldest of `_marks`: of the thread that takes."""
         self._host: list[Interval] = []
         self._marks: list[Any] = []
+        self._begin_s = 0.0
+        """Of the oldest of `_marks`, by a clock that begins with the first: the seconds between marks, added
+        up."""
 
     def mark(self) -> None:
         """A step begins: a point in the current stream."""
@@ -149,14 +140,14 @@ class ExposureClock:
         """
         if len(self._marks) <= STEPS_BEHIND or not self._marks[STEPS_BEHIND].query():
             return Exposed()
-        origin = self._marks.pop(0)
-        end_s = _seconds(origin, self._marks[0])
+        origin, begin_s = self._marks.pop(0), self._begin_s
+        self._begin_s = end_s = begin_s + _seconds(origin, self._marks[0])
         # HAZARD: those who start copies and run Adam want the lock, too, and what follows takes milliseconds:
         # with the lock held, a fifth of a step of `lsp` at 1.3B passed in which nothing was started.
         with self._lock:
             asked, self._asked = self._asked, []
             host, self._host = self._host, []
-        running = self._place(origin, asked)
+        running = self._place(origin, begin_s, asked)
         spans: dict[Resource, list[Interval]] = {}
         for placed in self._placed:
             spans.setdefault(placed.resource, []).append(placed.span)
@@ -166,24 +157,20 @@ class ExposureClock:
             on_host = [(start_s + shift_s, stop_s + shift_s) for start_s, stop_s in host]
             spans["cpu"] = on_host
             host = [span for span, at in zip(host, on_host, strict=True) if at[1] > end_s]
-        self._placed = [
-            each._replace(span=(each.span[0] - end_s, each.span[1] - end_s))
-            for each in self._placed
-            if each.span[1] > end_s
-        ]
+        self._placed = [each for each in self._placed if each.span[1] > end_s]
         with self._lock:
             self._asked[:0], self._host[:0] = running, host
-        return exposed(spans, (0.0, end_s))
+        return exposed(spans, (begin_s, end_s))
 
-    def _place(self, origin: Any, asked: Iterable[_Asked]) -> list[_Asked]:
-        """Find the time of what has ended since `origin`; the rest."""
+    def _place(self, origin: Any, begin_s: float, asked: Iterable[_Asked]) -> list[_Asked]:
+        """Find the time of what has ended, `begin_s` being that of `origin`; the rest."""
         running: list[_Asked] = []
         for each in asked:
             taken_s = each.pair.seconds()
             if taken_s is None:
                 running.append(each)
                 continue
-            start_s = _seconds(origin, each.pair.start)
+            start_s = begin_s + _seconds(origin, each.pair.start)
             self._placed.append(_Placed(each.resource, (start_s, start_s + taken_s), each.asked_s))
         return running
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engines.shapes import Direction
-from engines.transfer.clock import EventPair, compute_stream, now_s, take_ended_s, torch_cuda
+from engines.transfer.clock import EventPair, compute_stream, now_s, on_stream, take_ended_s, torch_cuda
 from engines.transfer.throttle import GpuPace, HostPace
 
 if TYPE_CHECKING:
@@ -69,9 +69,14 @@ class Link:
         self.d2h_bytes = 0
         self._delay = delay
         self._lock = threading.Lock()
+        """Of the counters and of the times."""
         self._is_cuda = device.type == "cuda"
         self._gpu_pace = GpuPace(rates, device) if rates is not None and self._is_cuda else None
         self._host_pace = HostPace(rates, now_s) if rates is not None and not self._is_cuda else None
+        up = threading.Lock()
+        down = threading.Lock() if self._gpu_pace is None else up  # its kernels are started by one at a time
+        self._enqueues: dict[Direction, threading.Lock] = {"h2d": up, "d2h": down}
+        """Held while copies of that stream are enqueued: who sends down need not wait for who sends up."""
         if self._is_cuda:
             # The pace's kernels are small and must not queue behind those of the compute stream.
             priority = 0 if self._gpu_pace is None else -1
@@ -93,7 +98,7 @@ class Link:
             self.h2d_bytes += host.nbytes
         if not self._is_cuda:
             return self._copy_on_host("h2d", host, out)
-        return self._copy(self._up, host, out, after, "h2d", name)
+        return self._copy(self._up, [(host, out)], after, "h2d", name)[0]
 
     def download(self, gpu: Tensor, out: Tensor, after: After = None, name: str = "copy") -> Event:
         """Copy `gpu` to `out` on the host once `after` has happened; the event of its end.
@@ -103,12 +108,23 @@ class Link:
         HAZARD: until that event `gpu` must not be written and `out` neither read nor written. Pass in
         `after` the kernel that wrote `gpu`.
         """
-        _check_copy(gpu, out)
+        return self.download_each([(gpu, out)], after, name)[0]
+
+    def download_each(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: After = None, name: str = "copy"
+    ) -> list[Event]:
+        """`download` of each pair, in their order; the event of each one's end.
+
+        All wait for the same `after`, and are one span of clocks and traces: what comes after the first costs
+        the CPU a copy and an event, and no more.
+        """
+        for gpu, out in pairs:
+            _check_copy(gpu, out)
         with self._lock:
-            self.d2h_bytes += gpu.nbytes
+            self.d2h_bytes += sum(gpu.nbytes for gpu, _ in pairs)
         if not self._is_cuda:
-            return self._copy_on_host("d2h", gpu, out)
-        return self._copy(self._down, gpu, out, after, "d2h", name)
+            return [self._copy_on_host("d2h", gpu, out) for gpu, out in pairs]
+        return self._copy(self._down, pairs, after, "d2h", name)
 
     def _copy_on_host(self, direction: Direction, source: Tensor, out: Tensor) -> Event:
         end_s = self._host_pace.begin(direction, source.nbytes) if self._host_pace is not None else None
@@ -120,39 +136,49 @@ class Link:
     def _copy(
         self,
         stream: torch.cuda.Stream,
-        source: Tensor,
-        out: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
         after: After,
         direction: Direction,
         name: str,
-    ) -> Event:
+    ) -> list[Event]:
+        """Copy the first of each pair to the second."""
         label = "upload" if direction == "h2d" else "download"
-        # Blocking: a thread that waits sleeps, and leaves its core to those that work.
-        start, end = torch_cuda.Event(enable_timing=True), torch_cuda.Event(enable_timing=True, blocking=True)
+        start, ends = torch_cuda.Event(enable_timing=True), list[Event]()
         # One lock for the whole sequence: two threads must not put their waits and copies between
         # each other's timing events.
-        with self._lock, torch.cuda.stream(stream):
+        with self._enqueues[direction], on_stream(stream):
             for event in (after,) if isinstance(after, Event) else after or ():
                 if event.cuda is not None:
                     stream.wait_event(event.cuda)
-            if self._delay is not None:
-                torch_cuda._sleep(self._delay())
+            self._hold_up()
             span = self._timeline.begin(label, name, stream) if self._timeline is not None else None
             asked_s = now_s()
             start.record(stream)
-            if self._gpu_pace is not None:
-                self._gpu_pace.begin(direction)
-            out.copy_(source, non_blocking=True)
-            if self._gpu_pace is not None:
-                self._gpu_pace.hold(direction, source.nbytes)
-            end.record(stream)
+            for source, out in pairs:
+                if ends:
+                    self._hold_up()
+                if self._gpu_pace is not None:
+                    self._gpu_pace.begin(direction)
+                out.copy_(source, non_blocking=True)
+                if self._gpu_pace is not None:
+                    self._gpu_pace.hold(direction, source.nbytes)
+                # Blocking: a thread that waits sleeps, and leaves its core to those that work.
+                end = torch_cuda.Event(enable_timing=len(ends) == len(pairs) - 1, blocking=True)
+                end.record(stream)
+                ends.append(Event(end))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span, stream)
-            pair = EventPair(start, end)
-            (self._h2d_times if direction == "h2d" else self._d2h_times).append(pair)
+            pair = EventPair(start, ends[-1].cuda)
+            with self._lock:
+                (self._h2d_times if direction == "h2d" else self._d2h_times).append(pair)
             if self._exposure is not None:
                 self._exposure.between(direction, pair, asked_s)
-        return Event(end)
+        return ends
+
+    def _hold_up(self) -> None:
+        """The stream of a copy, for stress tests."""
+        if self._delay is not None:
+            torch_cuda._sleep(self._delay())
 
     def record(self) -> Event:
         """A point in the current compute stream: all work enqueued on it so far."""

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from engines.base import Context
 from engines.cpu_updates.chunks import ChunkUpdate, StepShare, UploadTarget
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.shapes import Workload
+from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 
@@ -149,6 +151,34 @@ def test_what_has_not_arrived_holds_up_nothing_that_has(pipeline: UpdatePipeline
     assert not there.done.is_set()
     late.over.set()
     pipeline.wait(there)
+
+
+def test_of_several_each_is_a_job_by_itself(pipeline: UpdatePipeline) -> None:
+    """The first is back before the second has arrived, which a job of both would wait for."""
+    late = Download()
+    here, there = an_update(Chunk(1)), an_update(Chunk(1), late)
+    pipeline.submit_each([here, there])
+    pipeline.wait(here)
+    assert not there.done.is_set()
+    late.over.set()
+    pipeline.wait(there)
+    pipeline.submit_each([])
+
+
+def test_waiting_for_several_stops_the_clock_once(
+    pipeline: UpdatePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = ComputeClock(CPU), list[str]()
+    clock.start()
+    for name in ("stop", "start"):
+        monkeypatch.setattr(clock, name, partial(told.append, name))
+    updates = [an_update(Chunk(number)) for number in range(3)]
+    pipeline.submit_each(updates)
+    pipeline.compute_waits(updates, clock)
+    assert all(update.done.is_set() for update in updates)
+    assert told == ["stop", "start"]
+    pipeline.compute_waits([], clock)
+    assert told == ["stop", "start"]
 
 
 def test_memory_is_given_back_whatever_comes_of_an_update(pipeline: UpdatePipeline) -> None:

@@ -123,7 +123,7 @@ def let_calls_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(block_state, "adamw", delayed(adamw))
     monkeypatch.setattr(Link, "upload", delayed(Link.upload))
-    monkeypatch.setattr(Link, "download", delayed(Link.download))
+    monkeypatch.setattr(Link, "download_each", delayed(Link.download_each))
 
 
 class TestTwin:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +18,8 @@ from engines.transfer.exposure import (
     ExposureClock,
     Interval,
     Resource,
+    covered_s,
     exposed,
-    length,
-    shared,
-    union,
 )
 
 GRID = 40
@@ -36,12 +34,9 @@ def cells(spans: list[Interval]) -> set[int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(grid_spans, grid_spans)
-def test_union_and_shared_time_are_those_of_cells(left: list[Interval], right: list[Interval]) -> None:
-    one, other = union(left), union(right)
-    assert length(one) == len(cells(left))
-    assert shared(one, other) == shared(other, one) == len(cells(left) & cells(right))
-    assert all(before[1] < after[0] for before, after in itertools.pairwise(one))
+@given(grid_spans)
+def test_covered_time_is_that_of_cells(spans: list[Interval]) -> None:
+    assert covered_s(np.array(spans, dtype=np.float64).reshape(-1, 2)) == len(cells(spans))
 
 
 @settings(max_examples=200, deadline=None)

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import contextlib
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from engines.transfer import pinned
+from engines.transfer import clock, pinned
+from engines.transfer import link as link_module
 from engines.transfer.compute_clock import ComputeClock
-from engines.transfer.link import Link
+from engines.transfer.link import Event, Link
 from engines.transfer.pinned import HostSlab, PageableMemoryWarning, host_slabs
 
 CPU = torch.device("cpu")
@@ -179,6 +181,81 @@ def test_a_link_on_the_cpu_copies_at_once_and_counts() -> None:
     assert link.take_busy_s() == (None, None)
 
 
+def test_several_downloads_on_the_cpu_are_as_many_copies() -> None:
+    link = Link(CPU)
+    sources, places = [torch.ones(2), torch.full((3,), 4.0)], [torch.zeros(2), torch.zeros(3)]
+    events = link.download_each(list(zip(sources, places, strict=True)), after=link.record())
+    assert [each.cuda for each in events] == [None, None]
+    assert all(torch.equal(mine, its) for mine, its in zip(places, sources, strict=True))
+    assert (link.h2d_bytes, link.d2h_bytes) == (0, 20)
+    with pytest.raises(ValueError, match="a copy over the link"):
+        link.download_each([(sources[0], places[0]), (sources[0], places[1])])
+    assert link.d2h_bytes == 20
+
+
+class FakeDriver:
+    """In the place of `torch.cuda`: notes what is asked of it, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        driver = self
+
+        class Stream:
+            device, name = CPU, "before"
+
+            def __init__(self, device: torch.device, priority: int = 0) -> None:
+                self.name = "up" if not hasattr(driver, "made") else "down"
+                driver.made = True
+
+            def wait_event(self, event: Any) -> None:
+                driver.told.append((self.name, "waits for", event.number))
+
+        class CudaEvent:
+            def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+                self.is_timed, self.number = enable_timing, -1
+
+            def record(self, stream: Stream) -> None:
+                self.number = len(driver.told)
+                driver.told.append((stream.name, "timed" if self.is_timed else "event"))
+
+            def query(self) -> bool:
+                return True
+
+            def elapsed_time(self, later: CudaEvent) -> float:
+                assert self.is_timed
+                assert later.is_timed
+                return 1e3 * (later.number - self.number)
+
+        self.Stream, self.Event = Stream, CudaEvent
+        self.before = Stream.__new__(Stream)
+
+    def set_stream(self, stream: Any) -> None:
+        self.told.append(("now", stream.name))
+
+
+def test_several_downloads_wait_once_and_are_one_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the driver, in which order: each has an event of its own, the first and the last of
+    them are timed."""
+    driver = FakeDriver()
+    for module in (link_module, clock):
+        monkeypatch.setattr(module, "torch_cuda", driver)
+        monkeypatch.setattr(module, "compute_stream", lambda device=None: driver.before)
+    link = Link(torch.device("cuda:0"))
+    ready = link.record()
+    pairs = [(torch.full((4,), float(number)), torch.zeros(4)) for number in range(3)]
+    driver.told.clear()
+    events = link.download_each(pairs, after=ready)
+    assert driver.told == [
+        ("now", "down"), ("down", "waits for", 0), ("down", "timed"), ("down", "event"), ("down", "event"),
+        ("down", "timed"), ("now", "before"),
+    ]  # fmt: skip
+    assert [each.cuda is None for each in events] == [False] * 3
+    assert all(torch.equal(source, out) for source, out in pairs)
+    assert link.take_busy_s() == (0.0, 3.0)
+    link.upload(pairs[0][0], pairs[0][1], after=Event())
+    assert driver.told[-4:] == [("now", "up"), ("up", "timed"), ("up", "timed"), ("now", "before")]
+
+
 @pytest.mark.parametrize(
     "out",
     [torch.zeros(3), torch.zeros(4, dtype=torch.float16), torch.zeros(8)[::2]],
@@ -240,6 +317,25 @@ def test_delayed_copies_keep_their_order() -> None:
     assert link.take_busy_s() == (0.0, 0.0)
     assert link.h2d_bytes == link.d2h_bytes == 5 * 4 * 2**20
     slab.close()
+
+
+@pytest.mark.gpu
+def test_several_delayed_downloads_have_each_arrived_at_their_event() -> None:
+    """And what is enqueued after them goes to the stream of before."""
+    device = torch.device("cuda", 0)
+    link = Link(device, delay=lambda: 2_000_000)
+    before = torch.cuda.current_stream(device)
+    sources = [torch.full((2**18,), float(number), device=device) for number in range(4)]
+    places = [torch.full((2**18,), -1.0, pin_memory=True) for _ in sources]
+    events = link.download_each(list(zip(sources, places, strict=True)), after=link.record())
+    assert torch.cuda.current_stream(device) == before
+    for number, (event, place) in enumerate(zip(events, places, strict=True)):
+        link.host_wait(event)
+        assert torch.equal(place, torch.full_like(place, float(number)))
+    busy_s = link.take_busy_s()[1]
+    assert busy_s is not None
+    assert busy_s > 0
+    assert link.take_busy_s() == (0.0, 0.0)
 
 
 @pytest.mark.gpu
