@@ -69,12 +69,14 @@ LARGER = 1.1
 """Of a card's memory over what is there, from which it counts as a larger one."""
 
 
-def upgrades(machine: Machine) -> tuple[Upgrade, ...]:
-    """One thing changed in each; what it is changed to is a size that can be bought, or twice as much."""
+def upgrades(machine: Machine, whole: Machine | None = None) -> tuple[Upgrade, ...]:
+    """One thing changed in each; what it is changed to is a size that can be bought, or twice as much. Of a
+    larger card as large a share is free as of `whole`'s: `machine` before the job's limits held it."""
     found: list[Upgrade] = []
     gpu, link, memory, cpu = machine.gpu, machine.link, machine.memory, machine.cpu
     if gpu is not None:
-        free = gpu.free_bytes / gpu.total_bytes
+        own = (whole or machine).gpu or gpu
+        free = own.free_bytes / own.total_bytes
         for gib in [each for each in CARD_GIB if each * 2**30 > LARGER * gpu.total_bytes][:2]:
             total = gib * 2**30
             larger = replace(gpu, total_bytes=total, free_bytes=int(free * total))
@@ -158,7 +160,7 @@ def what_if(
     added may lie idle, so no upgrade is worse."""
     replaced = [Upgrade(name=name, machine=each, lifts=LIMITS) for name, each in others.items()]
     return (
-        *(_row(now, each, job, may_lie_idle=True) for each in upgrades(held(machine, job))),
+        *(_row(now, each, job, may_lie_idle=True) for each in upgrades(held(machine, job), machine)),
         *(_row(now, each, job) for each in replaced),
     )
 
@@ -179,7 +181,7 @@ def steps_with_upgrades(machine: Machine, job: JobToPlan) -> tuple[StepsOn, ...]
         _steps_on("", machine, job),
         *(
             _steps_on(each.name, each.machine, _with_upgrade(job, each))
-            for each in upgrades(held(machine, job))
+            for each in upgrades(held(machine, job), machine)
         ),
     )
 

@@ -133,6 +133,22 @@ def test_limits_hold_on_the_machine_planned_for_and_upgrades_begin_from_them() -
     assert "GPU memory 12.0 GiB to 16.0 GiB" in names
 
 
+def test_a_limit_leaves_no_larger_share_of_a_larger_card_free() -> None:
+    """The catalogue's RTX 3060 has 12 GiB, 11.8 of them free; so has a card of 12 GiB that is bought."""
+    card = find_profile(Path("rtx-3060-12gb"))
+    planned = replace(job(), vram_bytes=8 * 10**9)
+    bought = {each.name: each.machine.gpu for each in upgrades(held(card, planned), card)}
+    larger, own = bought["GPU memory 7.45 GiB to 12.0 GiB"], card.gpu
+    assert larger is not None
+    assert own is not None
+    assert own.free_bytes < own.total_bytes
+    assert larger.total_bytes == own.total_bytes
+    assert larger.free_bytes == pytest.approx(own.free_bytes, abs=1)
+    rows = what_if(outlook("now", card, planned), card, planned, {"rtx-3060-12gb": card})
+    by_name = {row.outlook.name: row for row in rows}
+    assert by_name["GPU memory 7.45 GiB to 12.0 GiB"].now_fits == by_name["rtx-3060-12gb"].now_fits
+
+
 def test_the_least_machine_for_a_target_comes_first() -> None:
     machines = catalogue()
     found = answers(machines, job(), Target(hours=1000.0))
