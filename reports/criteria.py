@@ -1,7 +1,7 @@
 """What a proof of concept must show, written down before it is measured. TOML in, typed values out.
 
 The list of metrics is closed: each has one meaning, given in `METRICS`, and one way to be computed, in
-`reports.metrics`. A criterion names a metric, an engine or any method, and a threshold.
+`reports.measured.metrics`. A criterion names a metric, an engine or any method, and a threshold.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ from reports.judging.stated import (
     time_text,
 )
 from reports.judging.untried import Untried, what_to_run
+from reports.measured.measurements import Measurements, group
+from reports.measured.metrics import find
 from reports.messages import say
-from reports.metrics import Measurements, find, group
 from reports.warnings import warnings
 
 Judgement = Literal["pass", "fail", "unknown", "not applicable"]

@@ -14,8 +14,8 @@ from reports.format import TIMES, Table
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded, engine_order, likeness, load_folder
+from reports.measured.measurements import Measurements, ends, group
 from reports.messages import say
-from reports.metrics import Measurements, ends, group
 from reports.render import judge
 
 

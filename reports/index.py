@@ -34,8 +34,8 @@ from reports.format import (
     times,
 )
 from reports.load import Broken, engine_order
+from reports.measured.measurements import ends, floor_share, largest, typical
 from reports.messages import say
-from reports.metrics import ends, floor_share, largest, typical
 from reports.render import markdown_text
 from reports.sharing.public_page import PAGES, public_page, public_rows
 from reports.sharing.published import (

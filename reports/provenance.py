@@ -17,8 +17,8 @@ from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
 from reports.format import Table, counted, digits, method_flags, model_title, span
 from reports.load import Loaded, engine_order
+from reports.measured.measurements import Measurements, typical
 from reports.messages import say
-from reports.metrics import Measurements, typical
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:

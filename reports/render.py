@@ -21,8 +21,8 @@ from reports.decide import Verdict, decide, state_text
 from reports.findings.governance import governance_lines
 from reports.judging.untried import Untried, untried_of
 from reports.load import Broken, Loaded, load_folder
+from reports.measured.measurements import group
 from reports.messages import say
-from reports.metrics import group
 from reports.pages.build import document
 from reports.pages.data import DataTable, ReportData, data_of, table_of_runs
 from reports.pages.document import Document

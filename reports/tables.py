@@ -20,7 +20,6 @@ from profiles.language import quantity, translated
 from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import JudgedCriterion, Verdict, asked, measured_value
-from reports.examples import loss_over_sequences, over_examples
 from reports.format import (
     JOULES,
     NUMBER,
@@ -42,19 +41,20 @@ from reports.format import (
 from reports.judging.quality import examples_text, sequences_text
 from reports.judging.stated import ratio_text
 from reports.load import Loaded, engine_order
-from reports.messages import say
-from reports.metrics import (
+from reports.measured.examples import loss_over_sequences, over_examples
+from reports.measured.measurements import (
     DOES_NOT_FIT,
     NOTHING_LEARNED,
     Measurements,
     ends,
-    find,
     is_emulated,
     largest,
     over_steps,
     predicted,
     typical,
 )
+from reports.measured.metrics import find
+from reports.messages import say
 
 
 def criteria_cells(

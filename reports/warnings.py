@@ -20,8 +20,9 @@ from reports.findings import exactness
 from reports.format import loss, middle, percent, span
 from reports.judging.quality import learned
 from reports.judging.ranking import best_quality
+from reports.measured.measurements import Measurements, ends, is_emulated, largest, predicted
+from reports.measured.padding import padded_to
 from reports.messages import say
-from reports.metrics import Measurements, ends, is_emulated, largest, padded_to, predicted
 
 FEW_RUNS = 5
 """Below this many runs per method, ranges are shown and called indicative."""

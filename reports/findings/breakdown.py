@@ -10,8 +10,8 @@ from harness.records.run import Run
 from harness.records.stats import Rounds
 from profiles.units import format_seconds
 from reports.format import PERCENT, Table
+from reports.measured.measurements import Measurements, floor_share, typical
 from reports.messages import say
-from reports.metrics import Measurements, floor_share, typical
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,8 @@ from engines.errors import UserError
 from engines.settings.zeroth_order import MezoSettings
 from harness.records.run import Run
 from reports.format import number
+from reports.measured.measurements import Measurements
 from reports.messages import say
-from reports.metrics import Measurements
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from engines import YARDSTICK
 from harness.records.run import Run
 from harness.records.stats import Rounds
-from reports.examples import OverExamples, OverSequences, loss_over_sequences, over_examples
 from reports.format import loss, span
 from reports.judging.ranking import loss_beside
+from reports.measured.examples import OverExamples, OverSequences, loss_over_sequences, over_examples
+from reports.measured.measurements import Measurements, is_random, typical
 from reports.messages import say
-from reports.metrics import Measurements, typical
 
 Field = Callable[[Run], float | None]
 
@@ -130,11 +130,6 @@ def why_unknown(engine: str, all_: Measurements) -> str:
     if rounds.ok and rounds.ok[0].model.random_weights:
         return say("note.random_weights")
     return say("note.no_evaluation")
-
-
-def is_random(run: Run) -> bool:
-    """Trained on random data."""
-    return bool(run.job.get("data", {}).get("train") == "random")
 
 
 def learned_text(found: QualityReached) -> str:

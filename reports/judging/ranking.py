@@ -15,9 +15,9 @@ from typing import Literal
 
 from engines import ENGINES, entry, trains_everything
 from harness.records.stats import SAME_FACTOR, disturbed, over_runs, ratio
-from reports.examples import OverSequences, difference_over_sequences
 from reports.judging.stated import gpu_peak, host_peak, step_s
-from reports.metrics import Measurements, heldout_loss, is_emulated, typical
+from reports.measured.examples import OverSequences, difference_over_sequences
+from reports.measured.measurements import Measurements, heldout_loss, is_emulated, typical
 
 State = Literal["GO", "CONDITIONAL GO", "NO-GO", "INCONCLUSIVE"]
 BEST_FIRST: tuple[State, ...] = ("GO", "CONDITIONAL GO", "INCONCLUSIVE", "NO-GO")

@@ -12,8 +12,9 @@ from harness.records.stats import over_runs, rare_job_s
 from profiles.language import quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.format import both, span, times
+from reports.measured.finding import MetricFinding
+from reports.measured.measurements import Measurements, is_emulated, largest, predicted
 from reports.messages import say
-from reports.metrics import Measurements, MetricFinding, is_emulated, largest, predicted
 
 NumberOrigin = Literal["measured", "predicted", "unknown"]
 

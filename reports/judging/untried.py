@@ -19,7 +19,8 @@ from profiles.planning.plan import Plan
 from reports.criteria import Metric
 from reports.format import method_flags
 from reports.load import Loaded
-from reports.metrics import Measurements, padded_to
+from reports.measured.measurements import Measurements
+from reports.measured.padding import padded_to
 
 OTHER_DTYPE: Dtype = "bf16"
 """That a method is planned in where it refuses the job's."""

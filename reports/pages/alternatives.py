@@ -11,8 +11,8 @@ from reports.decide import Verdict
 from reports.format import Table, digits
 from reports.judging import stated
 from reports.judging.untried import Untried, to_try
+from reports.measured.measurements import Measurements
 from reports.messages import say
-from reports.metrics import Measurements
 from reports.pages.front import money_text, months_text
 from reports.question import Prices
 

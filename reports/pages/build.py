@@ -15,8 +15,8 @@ from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table, model_title
 from reports.judging.untried import Untried
 from reports.load import Loaded
+from reports.measured.measurements import Measurements
 from reports.messages import say
-from reports.metrics import Measurements
 from reports.pages.alternatives import alternatives_table, break_even_table
 from reports.pages.document import (
     Block,

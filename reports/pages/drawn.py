@@ -19,8 +19,8 @@ from reports.findings.breakdown import breakdown
 from reports.format import loss, middle, percent
 from reports.judging import stated
 from reports.judging.quality import accuracy, learned
+from reports.measured.measurements import Measurements, ends, is_emulated, predicted
 from reports.messages import say
-from reports.metrics import Measurements, ends, is_emulated, predicted
 from reports.pages.document import Drawing
 
 

@@ -21,8 +21,10 @@ from reports.judging import stated
 from reports.judging.quality import learned, learned_text, majority_text, why_unknown
 from reports.judging.ranking import is_faster, trains_less
 from reports.load import Loaded
+from reports.measured.measurements import Measurements, is_emulated
+from reports.measured.metrics import find
+from reports.measured.padding import padded_to
 from reports.messages import say
-from reports.metrics import Measurements, find, is_emulated, padded_to
 from reports.pages.document import AskedRow, FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices

@@ -14,8 +14,8 @@ from reports.format import JOULES, NUMBER, PERCENT, Table, joules, middle_cell, 
 from reports.judging import stated
 from reports.judging.quality import beside_native_text, learned
 from reports.judging.ranking import State
+from reports.measured.measurements import Measurements, is_emulated, typical
 from reports.messages import say
-from reports.metrics import Measurements, is_emulated, typical
 from reports.tables import fits, rare_notes
 
 

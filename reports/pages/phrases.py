@@ -15,8 +15,8 @@ from reports.format import counted, job_in_short, model_title, percent, span, ti
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded
+from reports.measured.measurements import DOES_NOT_FIT, Measurements, is_emulated
 from reports.messages import say
-from reports.metrics import DOES_NOT_FIT, Measurements, is_emulated
 
 
 def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from reports.decide import Verdict
 from reports.format import Table
 from reports.judging import stated
 from reports.judging.quality import learned
+from reports.measured.measurements import Measurements, is_emulated
 from reports.messages import say
-from reports.metrics import Measurements, is_emulated
 from reports.warnings import FEW_RUNS
 
 STOP_FACTOR = 1.5

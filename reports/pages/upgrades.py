@@ -9,8 +9,8 @@ from profiles.advice.what_if import StepsOn
 from profiles.language import translated
 from reports.format import TIMES, Table
 from reports.load import Loaded
+from reports.measured.measurements import Measurements
 from reports.messages import say
-from reports.metrics import Measurements
 
 SAME = 0.02
 """Of a time: a change below it is none."""

@@ -15,8 +15,8 @@ from harness.records.run import Run
 from harness.records.stats import ENOUGH_RUNS, SAME_FACTOR, Rounds, Spread, spread, step_statistics
 from reports.format import job_in_short, model_title
 from reports.load import Broken, Loaded, load_folder
+from reports.measured.measurements import NOTHING_LEARNED, Measurements, group
 from reports.messages import say
-from reports.metrics import NOTHING_LEARNED, Measurements, group
 
 KINDS = ("runs", "generations", "trials")
 VARIANTS = (

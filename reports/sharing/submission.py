@@ -12,7 +12,7 @@ from harness.records.run import Run
 from harness.records.stats import Rounds, over_runs
 from harness.sharing.shared_result import OWN_MODEL, TEXT, SharedMachine, SharedMethod, Submission
 from reports.load import Loaded
-from reports.metrics import group, largest, predicted, typical
+from reports.measured.measurements import group, largest, predicted, typical
 
 
 def submission_of(loaded: Loaded) -> Submission:

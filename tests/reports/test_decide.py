@@ -29,7 +29,8 @@ from reports.judging import stated
 from reports.judging.quality import learned, learned_text
 from reports.judging.ranking import Standing, beaten_by, beats, is_faster, quality
 from reports.judging.untried import Untried, to_try
-from reports.metrics import find, group
+from reports.measured.measurements import group
+from reports.measured.metrics import find
 from reports.question import JobSize
 from reports.tables import rare_notes
 from run_records import (

@@ -10,7 +10,7 @@ from harness.records.run import Run
 from reports.criteria import default_criteria
 from reports.decide import decide
 from reports.findings.exactness import compare_with_reference, exact
-from reports.metrics import group
+from reports.measured.measurements import group
 from run_records import make_plan, make_run, make_test_job
 
 LOSSES = (3.0, 2.9, 2.8, 2.8, 2.7, 2.6, 2.6, 2.5, 2.5, 2.4)

@@ -19,7 +19,8 @@ from reports.criteria_templates import Purpose
 from reports.format import Table
 from reports.judging import stated
 from reports.load import Loaded
-from reports.metrics import find, group
+from reports.measured.measurements import group
+from reports.measured.metrics import find
 from reports.pages.document import Document, Drawing
 from reports.pages.front import time_of
 from reports.render import WrittenReport, written

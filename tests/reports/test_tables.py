@@ -11,8 +11,8 @@ from reports import index, provenance, tables
 from reports.findings import breakdown
 from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table
+from reports.measured.measurements import Measurements, group
 from reports.messages import messages
-from reports.metrics import Measurements, group
 from reports.tables import memory_table, speed_table
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep
 

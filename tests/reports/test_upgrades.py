@@ -12,7 +12,7 @@ from profiles.language import speaking
 from reports.criteria import init_text
 from reports.format import Table
 from reports.load import load_folder
-from reports.metrics import group
+from reports.measured.measurements import group
 from reports.pages.upgrades import what_upgrades_bring
 from run_records import make_machine, make_sweep, write_folder
 

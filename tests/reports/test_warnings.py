@@ -9,7 +9,7 @@ from profiles.language import speaking
 from profiles.machine import Machine
 from profiles.units import format_seconds
 from reports.criteria import Criteria, default_criteria
-from reports.metrics import group
+from reports.measured.measurements import group
 from reports.warnings import warnings
 from run_records import (
     emulated_run,

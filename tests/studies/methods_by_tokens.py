@@ -23,7 +23,7 @@ from harness.records.stats import ENOUGH_RUNS, Rounds, aggregate  # noqa: E402
 from harness.resolve import resolve_shape  # noqa: E402
 from reports.format import GIB  # noqa: E402
 from reports.load import load_folder  # noqa: E402
-from reports.metrics import largest  # noqa: E402
+from reports.measured.measurements import largest  # noqa: E402
 
 RESULTS = ROOT / "reports" / "results"
 TOKENS = {"384": 384, "4k": 4096, "16k": 16384, "32k": 32768}

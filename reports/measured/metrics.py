@@ -1,106 +1,39 @@
-"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure.
-
-Longer than 400 lines: what every metric means stands in one place.
-"""
+"""Each metric of `reports.criteria`, computed from the runs of one engine. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import get_args
+from collections.abc import Callable
+from dataclasses import replace
 
 from engines import YARDSTICK
-from harness.records.job import make_job
 from harness.records.memory_limits import gpu_limit_bytes, gpu_taken_bytes, host_limit_bytes
-from harness.records.run import EndState, Predicted, Run
-from harness.records.stats import (
-    Rounds,
-    Spread,
-    aggregate,
-    loss_change,
-    over_runs,
-    rare_job_s,
-    ratio,
-)
-from profiles.machine import Machine
-from reports.criteria import Criteria, Metric
-from reports.examples import (
-    OverSequences,
-    change_over_sequences,
-    over_examples,
-    ratio_over_sequences,
-)
+from harness.records.run import Predicted, Run
+from harness.records.stats import Rounds, loss_change, over_runs, rare_job_s, ratio
+from reports.criteria import Metric
 from reports.format import GIB
-from reports.load import engine_order
+from reports.measured.examples import change_over_sequences, over_examples, ratio_over_sequences
+from reports.measured.finding import (
+    MetricFinding,
+    from_spread,
+    of_largest,
+    scaled,
+    with_examples,
+    with_sequences,
+    with_steps_of_one,
+)
+from reports.measured.measurements import (
+    DOES_NOT_FIT,
+    NOTHING_LEARNED,
+    Measurements,
+    ends,
+    heldout_loss,
+    is_emulated,
+    is_random,
+    over_steps,
+    predicted,
+)
+from reports.measured.padding import padded_to
 from reports.messages import say
-from reports.question import Prices
-
-NOTHING_LEARNED: frozenset[EndState] = frozenset({"not_available", "interrupted"})
-"""Ends that say nothing about the method: it was not there, or was stopped from outside."""
-DOES_NOT_FIT: frozenset[EndState] = frozenset({"oom_gpu", "oom_host", "pinned_limit", "skipped_infeasible"})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MetricFinding:
-    """What the runs say of one metric. `value` is None where they do not say it; `note` is then why."""
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    """The smallest and largest value that the runs allow; from three runs on the interval of their median."""
-    over_steps: bool = False
-    """The range rests on the steps of a single run, as there is no other."""
-    runs: int = 0
-    """Runs that `value` rests on."""
-    undecided: str | None = None
-    """Why, where the range reaches both sides of a threshold; `None`: the runs disagree."""
-    predicted: float | None = None
-    applies: bool = True
-    """False: there is nothing to judge, or not by `value`; `note` says why."""
-    note: str | None = None
-    evidence: tuple[str, ...] = ()
-    """Ids of the runs that were looked at."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Measurements:
-    """All runs, grouped once."""
-
-    rounds: Mapping[str, Rounds]
-    machine: Machine | None
-    steps: float | None = None
-    """Of the whole job, once it is decided; `None`: nobody said how much is to be trained."""
-    prices: Prices | None = None
-    """`None`: nobody typed any."""
-    forecast: str | None = None
-    """Why the yardstick, which was not run, is predicted not to fit; `None`: it fits, or is not known."""
-
-    @property
-    def engines(self) -> list[str]:
-        """Methods that were run, in the order of reports."""
-        return sorted(self.rounds, key=engine_order)
-
-    def of(self, engine: str) -> Rounds:
-        return self.rounds.get(engine) or aggregate(engine, ())
-
-
-def group(
-    runs: Sequence[Run],
-    machine: Machine | None,
-    criteria: Criteria | None = None,
-    forecast: str | None = None,
-) -> Measurements:
-    """`criteria` say how much is to be trained and at which prices."""
-    engines = sorted({run.engine for run in runs})
-    size = criteria.size if criteria is not None else None
-    return Measurements(
-        rounds={engine: aggregate(engine, runs) for engine in engines},
-        machine=machine,
-        steps=size.steps_of(make_job(runs[0].job, "job")) if size is not None and runs else None,
-        prices=criteria.prices if criteria is not None else None,
-        forecast=forecast,
-    )
-
 
 _OF_QUALITY: tuple[Metric, ...] = ("accuracy", "heldout_change", "heldout_ratio")
 
@@ -120,71 +53,9 @@ def find(metric: Metric, engine: str, all_: Measurements) -> MetricFinding:
     return replace(finding, evidence=finding.evidence or evidence)
 
 
-def ends(runs: Sequence[Run]) -> str:
-    """`1 ok, 2 out of GPU memory`: how many runs ended how."""
-    states = [run.end_state for run in runs]
-    return ", ".join(
-        say("count.ended", count=states.count(state), end=say(f"end.{state}"))
-        for state in get_args(EndState)
-        if state in states
-    )
-
-
-def predicted(rounds: Rounds) -> Predicted | None:
-    """The prediction stamped into the runs; the plan's own where a run carries none."""
-    stamped = [run.predicted for run in rounds.runs if run.predicted is not None]
-    if stamped or not rounds.runs:
-        return stamped[0] if stamped else None
-    return Predicted.of(rounds.runs[0].plan.prediction)
-
-
 def _expected(rounds: Rounds, of: Callable[[Predicted], float | None]) -> float | None:
     found = predicted(rounds)
     return None if found is None else of(found)
-
-
-def floor_share(run: Run) -> float | None:
-    """Predicted floor over measured step; `None` also on an emulated machine, whose floor counts with the
-    speed of a GPU that was not there."""
-    return run.summary.floor_share if run.emulation is None else None
-
-
-def over_steps(*compared: Rounds) -> bool:
-    """Whether the range of step times is, for one of these methods, that of a single run's steps."""
-    return any(sum(bool(steps) for steps in rounds.step_times) == 1 for rounds in compared)
-
-
-def is_emulated(rounds: Rounds) -> bool:
-    """Whether the times are those of an emulated machine, whose GPU, cores and host memory were not there."""
-    return any(run.emulation is not None for run in rounds.ok)
-
-
-def typical(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
-    """Median of `value` over the runs that ended ok and have it; `None`: none has."""
-    found = over_runs(rounds.ok, value)
-    return found.median if found else None
-
-
-def largest(rounds: Rounds, value: Callable[[Run], float | None]) -> float | None:
-    """Largest `value` of the runs that ended ok and have it; `None`: none has."""
-    found = over_runs(rounds.ok, value)
-    return found.high if found else None
-
-
-def _from_spread(found: Spread | None, expected: float | None = None) -> MetricFinding:
-    if found is None:
-        return MetricFinding(predicted=expected)
-    low, high = found.interval or (found.low, found.high)
-    return MetricFinding(value=found.median, low=low, high=high, runs=found.count, predicted=expected)
-
-
-def _peak(found: Spread | None, expected: float | None) -> MetricFinding:
-    """A peak is judged by the largest run."""
-    if found is None:
-        return MetricFinding(predicted=expected)
-    return MetricFinding(
-        value=found.high, low=found.high, high=found.high, runs=found.count, predicted=expected
-    )
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -203,21 +74,11 @@ def _runs_ok(rounds: Rounds, all_: Measurements) -> MetricFinding:
     )
 
 
-def _with_steps_of_one(found: MetricFinding, rounds: Rounds, *, is_rate: bool = False) -> MetricFinding:
-    """A single run says nothing of the next: the range of its steps stands in, as beside native."""
-    low, high = rounds.step_s_low, rounds.step_s_high
-    if found.value is None or rounds.step_s is None or not low or not high or found.runs > 1:
-        return found
-    if is_rate:
-        low, high = (found.value * rounds.step_s.median / end for end in (high, low))
-    return replace(found, low=low, high=high, over_steps=True, undecided=say("note.one_run"))
-
-
 def _step_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     step_s = _expected(rounds, lambda one: one.step_s)
     if is_emulated(rounds):
         return MetricFinding(predicted=step_s, note=say("note.emulated_time"))
-    return _with_steps_of_one(_from_spread(rounds.step_s, step_s), rounds)
+    return with_steps_of_one(from_spread(rounds.step_s, step_s), rounds)
 
 
 def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -225,27 +86,7 @@ def _tokens_per_s(rounds: Rounds, all_: Measurements) -> MetricFinding:
     rate = rounds.runs[0].tokens_per_step / step_s if step_s else None
     if is_emulated(rounds):
         return MetricFinding(predicted=rate, note=say("note.emulated_time"))
-    return _with_steps_of_one(_from_spread(rounds.tokens_per_s, rate), rounds, is_rate=True)
-
-
-def _scaled(found: MetricFinding, factor: float) -> MetricFinding:
-    def by(value: float | None) -> float | None:
-        return None if value is None else value * factor
-
-    return replace(
-        found, value=by(found.value), low=by(found.low), high=by(found.high), predicted=by(found.predicted)
-    )
-
-
-def padded_to(rounds: Rounds) -> tuple[int, float] | None:
-    """Tokens that every sequence was padded to, and what share of them that was, where `run` pads to the
-    longest of a batch; `None`: it would take the same steps."""
-    shares = [run.summary.padded_share or 0.0 for run in rounds.ok]
-    if not shares or max(shares) == 0:
-        return None
-    job = make_job(rounds.ok[0].job, "job")
-    alike = job.padding == "longest" or job.data.train in ("builtin", "random")
-    return None if alike else (job.seq_len, max(shares))
+    return with_steps_of_one(from_spread(rounds.tokens_per_s, rate), rounds, is_rate=True)
 
 
 def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -257,7 +98,7 @@ def _job_hours(rounds: Rounds, all_: Measurements) -> MetricFinding:
     """
     if all_.steps is None:
         return MetricFinding(note=say("note.no_size"))
-    found = _scaled(_step_s(rounds, all_), all_.steps / 3600)
+    found = scaled(_step_s(rounds, all_), all_.steps / 3600)
     expected, rare = predicted(rounds), over_runs(rounds.ok, lambda run: rare_job_s(run, all_.steps or 0))
     if found.low is not None and (padded := padded_to(rounds)) is not None:
         tokens, share = padded
@@ -277,16 +118,11 @@ def _job_cost(rounds: Rounds, all_: Measurements) -> MetricFinding:
     per_hour = all_.prices.own_per_hour if all_.prices is not None else None
     if per_hour is None:
         return MetricFinding(note=say("note.no_prices"))
-    return _scaled(_job_hours(rounds, all_), per_hour)
-
-
-def heldout_loss(run: Run) -> float | None:
-    """After the last step, on data that was not trained on; `None` also where that data is random."""
-    return None if run.job.get("data", {}).get("train") == "random" else run.summary.eval_loss_last
+    return scaled(_job_hours(rounds, all_), per_hour)
 
 
 def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    if _is_random(rounds):
+    if is_random(rounds.runs[0]):
         return MetricFinding(applies=False, note=say("note.random_data"))
 
     def change(run: Run) -> float | None:
@@ -296,25 +132,11 @@ def _heldout_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     found = over_runs(rounds.ok, change)
     if found is None and rounds.ok:
         return MetricFinding(note=say("note.no_evaluation"))
-    return _with_sequences(_from_spread(found), change_over_sequences(rounds))
-
-
-def _with_sequences(finding: MetricFinding, found: OverSequences | None) -> MetricFinding:
-    """With the wider of the two ranges, over runs and over held-out sequences."""
-    if finding.low is None or finding.high is None:
-        return finding
-    if found is None:
-        return replace(finding, note=say("note.sequences_not_kept"))
-    return replace(
-        finding,
-        low=min(found.low, finding.low),
-        high=max(found.high, finding.high),
-        undecided=say("note.few_sequences", count=found.count),
-    )
+    return with_sequences(from_spread(found), change_over_sequences(rounds))
 
 
 def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
-    if _is_random(rounds):
+    if is_random(rounds.runs[0]):
         return MetricFinding(applies=False, note=say("note.random_data"))
     native = all_.of(YARDSTICK)
     mine, other = over_runs(rounds.ok, heldout_loss), over_runs(native.ok, heldout_loss)
@@ -326,17 +148,13 @@ def _heldout_ratio(rounds: Rounds, all_: Measurements) -> MetricFinding:
         return (
             found
             if rounds.engine == YARDSTICK
-            else _with_sequences(found, ratio_over_sequences(rounds, native))
+            else with_sequences(found, ratio_over_sequences(rounds, native))
         )
     if (why := _native_is_out(native, all_)) is not None:
         return MetricFinding(applies=False, note=why)
     if not rounds.ok:
         return MetricFinding()
     return MetricFinding(note=say("note.no_evaluation" if native.ok else "note.native_missing"))
-
-
-def _is_random(rounds: Rounds) -> bool:
-    return bool(rounds.runs[0].job.get("data", {}).get("train") == "random")
 
 
 def _native_is_out(native: Rounds, all_: Measurements) -> str | None:
@@ -382,7 +200,7 @@ def _gpu_memory(
     found = over_runs(rounds.ok, lambda one: _apply(unit, one, gpu_taken_bytes(one)))
     if all(one.environment.gpu_name is None for one in rounds.ok or rounds.runs) and found is None:
         return MetricFinding(applies=not rounds.ok, note=say("note.no_gpu") if rounds.ok else None)
-    return _peak(found, _apply(unit, rounds.runs[0], bytes_ or None))
+    return of_largest(found, _apply(unit, rounds.runs[0], bytes_ or None))
 
 
 def _apply(unit: Callable[[Run, float], float | None], run: Run, value: float | None) -> float | None:
@@ -400,20 +218,20 @@ def _gpu_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
 def _host_memory_share(rounds: Rounds, all_: Measurements) -> MetricFinding:
     bytes_ = _expected(rounds, lambda one: one.peak_host_bytes)
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, host_limit_bytes(run)))
-    return _peak(found, _share(bytes_, host_limit_bytes(rounds.runs[0])))
+    return of_largest(found, _share(bytes_, host_limit_bytes(rounds.runs[0])))
 
 
 def _host_memory_gib(rounds: Rounds, all_: Measurements) -> MetricFinding:
     bytes_ = _expected(rounds, lambda one: one.peak_host_bytes)
     found = over_runs(rounds.ok, lambda run: _share(run.summary.peak_host_bytes, GIB))
-    return _peak(found, _share(bytes_, GIB))
+    return of_largest(found, _share(bytes_, GIB))
 
 
 def _loss_change(rounds: Rounds, all_: Measurements) -> MetricFinding:
     """Nothing can be learned from random data: their loss changes by chance."""
-    if _is_random(rounds):
+    if is_random(rounds.runs[0]):
         return MetricFinding(applies=False, note=say("note.random_data"))
-    return _from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
+    return from_spread(over_runs(rounds.ok, lambda run: loss_change(run.samples)))
 
 
 def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
@@ -421,16 +239,7 @@ def _accuracy(rounds: Rounds, all_: Measurements) -> MetricFinding:
     found = over_runs(rounds.ok, lambda run: run.summary.eval_accuracy_last)
     if found is None:
         return MetricFinding(note=say("note.no_evaluation") if rounds.ok else None)
-    finding, examples = _from_spread(found), over_examples(rounds)
-    if examples is None:
-        return replace(finding, note=say("note.examples_not_counted"))
-    low, high = found.interval or (found.low, found.high)
-    return replace(
-        finding,
-        low=min(examples.low, low),
-        high=max(examples.high, high),
-        undecided=say("note.few_examples", count=examples.count),
-    )
+    return with_examples(from_spread(found), over_examples(rounds))
 
 
 def _prediction_factor(rounds: Rounds, all_: Measurements) -> MetricFinding:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.records.stats import Rounds, aggregate
-from reports.examples import (
+from reports.judging.quality import learned, learned_text
+from reports.measured.examples import (
     ENOUGH_SEQUENCES,
     change_over_sequences,
     difference_over_sequences,
@@ -19,8 +20,7 @@ from reports.examples import (
     ratio_over_sequences,
     share_interval,
 )
-from reports.judging.quality import learned, learned_text
-from reports.metrics import group
+from reports.measured.measurements import group
 from reports.tables import speed_table
 from run_records import make_run, make_test_job
 
