@@ -124,12 +124,13 @@ def _of_less_training(verdict: Verdict, all_: Measurements) -> Iterator[str]:
 
 
 def _ratio_text(engine: str, method: str, value: float, all_: Measurements) -> str:
-    """`value`; of two runs, which have no median, what they allow."""
+    """As the tables have it, with what only some steps do; of two runs, which have no median, what they
+    allow. `value` where steps were emulated."""
     both = all_.of(engine), all_.of(method)
     found = ratio(*(rounds.lasting_step_times for rounds in both))
-    if found is None or found.is_interval or any(map(is_emulated, both)):
+    if found is None or any(map(is_emulated, both)):
         return times(value)
-    return span(times(found.low), times(found.high))
+    return times(found.value) if found.is_interval else span(times(found.low), times(found.high))
 
 
 def _taken(engine: str, all_: Measurements) -> dict[str, str]:

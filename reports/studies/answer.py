@@ -150,9 +150,12 @@ def _sentence(study: LoadedStudy, state: State, method: MethodResult | None) -> 
         if not ran:
             return say("study.nothing_ran", target=target)
         nearest = min(ran, key=lambda each: sign * each.development.median)  # type: ignore[union-attr]
+        best = nearest.development
+        assert best is not None
+        once = study.plan.target.is_met(best.high if HIGHER_IS_BETTER[metric] else best.low)
         return say(
-            "study.no_go", target=target, budget=budget_text(study), engine=nearest.name,
-            nearest=spread_text(metric, nearest.development),
+            "study.no_go_once" if once else "study.no_go", target=target, budget=budget_text(study),
+            engine=nearest.name, nearest=spread_text(metric, best),
         )  # fmt: skip
     return say("study.not_done", target=target)
 

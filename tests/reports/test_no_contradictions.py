@@ -183,3 +183,18 @@ def test_a_method_that_another_beats_in_everything_is_no_answer(
     best = replace(base, medians=(0.5, 0.5, 0.5), gpu_bytes=base.gpu_bytes // 2, accuracy=0.9)
     report, _ = report_on(runs_of({"native": best, **worse}, emulated=False), purpose)
     assert report.verdict.method == "native"
+
+
+def test_what_fewer_weights_would_take_is_beside_native_as_in_the_tables() -> None:
+    """With its rare steps on page one too."""
+    job = replace(JOB, data=replace(JOB.data, train="random"))
+    runs = [make_run("native", job=job, round=each, step_s=(1.0,) * 8) for each in (1, 2, 3)]
+    for each in (1, 2, 3):
+        run = make_run("lsp", job=job, round=each, step_s=(0.5,) * 8)
+        assert run.predicted is not None
+        runs.append(replace(run, predicted=replace(run.predicted, rare_s=1.0, rare_every=8)))
+    report, loaded = report_on(runs, "any")
+    ratio = find("step_time_ratio", "lsp", group(runs, loaded.machine, loaded.criteria))
+    assert ratio.value == pytest.approx(0.5 + 2.0 / 8)  # its first step took 2 s more
+    (aside,) = [each for each in report.document.front.asides if "the time and" in each]
+    assert "takes 0.75x the time" in aside

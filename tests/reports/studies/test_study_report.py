@@ -162,6 +162,19 @@ def test_states(tmp_path: Path, seeds: int, hits: int, state: str) -> None:
     )
 
 
+def test_a_target_that_one_evaluation_met_says_why_it_was_not_reached(tmp_path: Path) -> None:
+    """A median that meets the target beside 'not reached' reads as a contradiction."""
+
+    def sentence(best: float) -> str:
+        curve = [(50.0, 0.6), (75.0, best), (100.0, 0.7)]
+        plan = study_plan(["native"])
+        return study_verdict(read_study(plan, {"native": [curve] * len(plan.seeds)})).sentence
+
+    target = study_plan(["native"]).target.value
+    assert "two evaluations in a row" in sentence(target + 0.01)
+    assert "in a row" not in sentence(target - 0.01)
+
+
 def test_missing_trials_are_no_no_and_name_the_command(tmp_path: Path) -> None:
     study = read_study(study_plan(["native"]), {"native": [[(50.0, 0.6)]]})
     verdict = study_verdict(study)
