@@ -32,9 +32,12 @@ DECOMPOSITION_S = 1.6e-11
 """A singular value decomposition of an (m, n) matrix over m n min(m, n): those of the 168 matrices of the
 1.3B LLaMA shape took 40 s on an H200 (engines/EXPERIMENTS.md; two runs)."""
 
-EIGHT_BIT_LAUNCHES = 5
-"""The same for one parameter of bitsandbytes' AdamW8bit, which waits for the GPU after each: 0.105 ms beside
-the passes at Qwen2.5 0.5B, 0.19 at 1.3B, both on H200s."""
+EIGHT_BIT_LAUNCHES = 4
+EIGHT_BIT_S = 2e-11
+"""The same for one parameter of bitsandbytes' AdamW8bit, which waits for the GPU after each, and what its
+kernel takes for each element, which finds both moments in a table and is slower than its memory. From seven
+steps of five models on H200s: 62 us beside the passes for a parameter of the smallest, 178 for one of the
+largest (`tests/studies/prediction_grid_h200_morning`, reports/results/deepseek-coder-1.3b-rows_*)."""
 
 
 def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSettings) -> Traffic:
@@ -52,6 +55,7 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
         passes,
         3 * element + 2 * EIGHT_BIT_MOMENTS,
         waited=EIGHT_BIT_LAUNCHES * transformer.num_tensors(shape),
+        unrated_s=EIGHT_BIT_S,
     )
     held = {"weights": element * shape.parameters, "optimizer": 0 if settings.paged else moments}
     gradients = element * shape.parameters
@@ -160,9 +164,10 @@ def _updated(
     bytes_per_parameter: float,
     python_launches: int = 0,
     waited: int = 0,
+    unrated_s: float = 0.0,
 ) -> tuple[LayerTraffic, ...]:
     """Forward and backward of every layer with an update of its parameters: `python_launches` and
-    `waited_launches` of a block's."""
+    `waited_launches` of a block's, `unrated_s` of an element."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
         layer._replace(
@@ -170,6 +175,7 @@ def _updated(
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
             python_launches=python_launches if layer.name.startswith("block.") else 0,
             waited_launches=waited if layer.name.startswith("block.") else 0,
+            unrated_s=unrated_s * parameters.get(layer.name, shape.block_parameters),
         )
         for layer in transformer.training_layers(shape, workload, passes)
     )

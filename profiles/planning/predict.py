@@ -388,6 +388,7 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         + layer.gaussians * rates.per_gaussian_s
         + layer.products * rates.per_product_s
         + layer.kernels * rates.per_kernel_s
+        + layer.unrated_s
     )
     return LayerTimes(
         gpu_s=work,

@@ -58,6 +58,8 @@ class LayerTraffic(NamedTuple):
     """Matrix products, one after the other on the GPU."""
     kernels: int = 0
     """Kernels of CUDA graphs and of compiled blocks, products apart."""
+    unrated_s: float = 0.0
+    """Of the GPU's kernels that neither memory nor products decide, on an H200."""
     triton_launches: int = 0
     """Triton kernels that engines start from the CPU."""
     gaussians: int = 0

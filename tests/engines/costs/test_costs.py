@@ -357,6 +357,12 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
             assert (launches, python) == (count * (own + 4 * len(TINY.matrices)) + once, in_python)
 
 
+def test_adamw_of_eight_bits_takes_a_time_of_its_own_for_each_element() -> None:
+    layers = cost("adamw-8bit", OPT_1B, TRAINING).layers
+    assert sum(layer.unrated_s for layer in layers) == pytest.approx(2e-11 * OPT_1B.parameters)
+    assert all(layer.unrated_s == 0 for layer in cost("native", OPT_1B, TRAINING).layers)
+
+
 @pytest.mark.parametrize(
     ("dtype", "recomputed", "kernels"), [("bf16", 0, 6 + 4), ("bf16", 24, 8 + 6), ("fp32", 0, 6)]
 )
