@@ -459,13 +459,15 @@ class Lsp:
                 chunk.state.incoming.copy_(chunk.core)
             block.chunks[0].state.squared_norm.copy_(block.squared_norm)
             return
-        ready, name = self.link.record(), f"block {place}"
-        self.link.download(block.squared_norm, block.chunks[0].state.squared_norm, after=ready, name="norm")
-        for chunk, update in zip(block.chunks, updates, strict=True):
-            update.downloaded = self.link.download(chunk.core, chunk.state.incoming, after=ready, name=name)
-            if self._sends_at_once:
-                self._pipeline.submit([update])
-            if self._ranks is not None and self.settings.max_grad_norm > 0 and not self._has_machines:
+        copies = [(block.squared_norm, block.chunks[0].state.squared_norm)]
+        copies += [(chunk.core, chunk.state.incoming) for chunk in block.chunks]
+        arrived = self.link.download_each(copies, after=self.link.record(), name=f"block {place}")
+        for update, event in zip(updates, arrived[1:], strict=True):
+            update.downloaded = event
+        if self._sends_at_once:
+            self._pipeline.submit_each(updates)
+        if self._ranks is not None and self.settings.max_grad_norm > 0 and not self._has_machines:
+            for update in updates:
                 self._pipeline.submit_norms([update])
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = updates[-1].downloaded
@@ -549,8 +551,7 @@ class Lsp:
         elif self.settings.schedule_order == "sequential":
             self._pipeline.submit(updates[::-1])
         elif not self._sends_at_once:
-            for update in updates:
-                self._pipeline.submit([update])
+            self._pipeline.submit_each(updates)
         self.dense.step(self._share.learning_rate, self._squared_total)
 
     def _report_no_norm(self, block: CoreBlock) -> None:

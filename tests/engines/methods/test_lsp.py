@@ -10,7 +10,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,10 +172,13 @@ class LateDownloads(Link):
             self.host_wait(event)
         return super().upload(host, out, after, name)
 
-    def download(self, gpu: Tensor, out: Tensor, after: Any = None, name: str = "copy") -> Event:
-        happening: Any = Happening()
-        self._waiting.put((gpu, out, happening))
-        return Event(happening)
+    def download_each(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any = None, name: str = "copy"
+    ) -> list[Event]:
+        happenings: list[Any] = [Happening() for _ in pairs]
+        for (gpu, out), happening in zip(pairs, happenings, strict=True):
+            self._waiting.put((gpu, out, happening))
+        return [Event(happening) for happening in happenings]
 
     def wait(self, event: Event) -> None:
         self.host_wait(event)
@@ -443,7 +446,7 @@ class TestTwin:
 
         monkeypatch.setattr(cores, "core_adam", delayed(core_adam))
         monkeypatch.setattr(Link, "upload", delayed(Link.upload))
-        monkeypatch.setattr(Link, "download", delayed(Link.download))
+        monkeypatch.setattr(Link, "download_each", delayed(Link.download_each))
         with running("opt", schedule_order=order) as engine:
             assert_same(train(engine, batches), expected)
 
