@@ -1,7 +1,8 @@
 """What accuracy and loss on some examples say of others. Pure.
 
 Every run of a job has the same held-out examples, so runs tell nothing of other ones. An example is what has
-a class or an answer; for losses it is a sequence, whose labels are not independent of each other.
+a class or an answer; for losses it is a sequence, whose labels are not independent of each other. Sequences
+count as drawn one by one: of blocks of the same text the interval is too narrow.
 """
 
 from __future__ import annotations
