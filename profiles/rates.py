@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from engines.costs.exact_offload import adam_bytes
-from engines.costs.resources.traffic import FUSED_ADAM_BYTES, Traffic
+from engines.costs.resources.traffic import ADAMW_KERNEL_BYTES, FUSED_ADAM_BYTES, Traffic
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Gpu, Machine
 
@@ -50,8 +49,8 @@ def cpu_adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], fl
     # Not measured: no slower than torch's, and with many cores no slower than memory is. On 32 cores torch's
     # moved 78 GB/s and the kernel 151, which are half as much again as the copies' 101.
     copy = machine.memory.copy_bytes_per_s
-    moved = adam_bytes(2, "fp32") * traffic.cpu_adamw_kernel_factor / COPY_WRITE_ALLOCATE
-    if copy.origin != "measured" or not (torchs.value and copy.value):
+    moved = ADAMW_KERNEL_BYTES * traffic.cpu_adamw_kernel_factor / COPY_WRITE_ALLOCATE
+    if not traffic.is_adamw_kernel or copy.origin != "measured" or not (torchs.value and copy.value):
         return ("CPU Adam", torchs), traffic.cpu_adam_factor
     if copy.value / moved > torchs.value / traffic.cpu_adam_factor:
         return ("host copy bandwidth", copy), moved
@@ -70,7 +69,7 @@ def host_memory_rate(machine: Machine) -> tuple[str, Figure]:
     rates = [
         copy.scaled(COPY_WRITE_ALLOCATE),
         machine.cpu.adam_elements_per_s.scaled(FUSED_ADAM_BYTES),
-        machine.cpu.adamw_kernel_elements_per_s.scaled(adam_bytes(2, "fp32")),
+        machine.cpu.adamw_kernel_elements_per_s.scaled(ADAMW_KERNEL_BYTES),
     ]
     return name, max(rates, key=lambda each: each.value or 0.0)
 

@@ -41,7 +41,14 @@ from engines.costs.memory import activations
 from engines.costs.memory.trial import with_trial
 from engines.costs.native import MARGIN_OFFLOADED, UNSHARED, block_passes, workspaces
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
-from engines.costs.resources.traffic import FUSED_ADAM_BYTES, GpuMemory, LayerTraffic, Overlap, Traffic
+from engines.costs.resources.traffic import (
+    ADAMW_KERNEL_BYTES,
+    FUSED_ADAM_BYTES,
+    GpuMemory,
+    LayerTraffic,
+    Overlap,
+    Traffic,
+)
 from engines.settings.exact_offload import GRADIENT_SLOTS, MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -89,6 +96,12 @@ def state_bytes(element: int, moments: Moments) -> float:
 def adam_bytes(element: int, moments: Moments) -> float:
     """Host memory traffic per parameter of an update: the gradient read, all else read and written."""
     return element + 2 * (element + state_bytes(element, moments))
+
+
+def num_chunks(shape: ModelShape) -> int:
+    """Of a block: its vectors, and its matrices in as many as they take."""
+    vectors = transformer.vector_parameters(shape)
+    return (vectors > 0) + -(-(shape.block_parameters - vectors) // CHUNK_ELEMENTS)
 
 
 def gradient_places(num_blocks: int, settings: ExactOffloadSettings) -> int:
@@ -180,7 +193,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
         overlap=offloaded if settings.offload else "serial",
         gradient_room=gradient_places(shape.num_blocks, settings) / updated_there,
         cpu_adam_factor=adam_bytes(element, settings.moments) / FUSED_ADAM_BYTES,
-        cpu_adamw_kernel_factor=adam_bytes(element, settings.moments) / adam_bytes(2, "fp32"),
+        is_adamw_kernel=True,
+        cpu_adamw_kernel_factor=adam_bytes(element, settings.moments) / ADAMW_KERNEL_BYTES,
     )
 
 
@@ -197,6 +211,7 @@ def _layer(
     uploads: list[int],
     hidden: int,
 ) -> LayerTraffic:
+    updated = 2 * element + adam_bytes(element, settings.moments)
     if layer.name == "head" and settings.outer == "host":
         non_block = shape.non_block_parameters
         return layer._replace(
@@ -204,7 +219,9 @@ def _layer(
             h2d_bytes=element * non_block,
             d2h_bytes=element * non_block,
             cpu_adam_elements=non_block,
-            host_bytes=(2 * element + adam_bytes(element, settings.moments)) * non_block,
+            cpu_chunks=-(-non_block // CHUNK_ELEMENTS) * settings.offload,
+            host_bytes=updated * non_block,
+            update_bytes=updated * non_block,
         )
     on_gpu_bytes = MASTER_TRAFFIC_BYTES if element < 4 else FUSED_ADAM_BYTES
     if layer.name == "head":
@@ -241,10 +258,9 @@ def _layer(
         h2d_bytes=times * element * size + hidden,
         d2h_bytes=element * size + NORM_BYTES + hidden,
         cpu_adam_elements=size,
-        host_bytes=((1 + times) * element + adam_bytes(element, settings.moments)) * size
-        + read
-        + written
-        + 2 * hidden,
+        cpu_chunks=num_chunks(shape) * settings.offload,
+        host_bytes=(updated + (times - 1) * element) * size + read + written + 2 * hidden,
+        update_bytes=updated * size,
     )
 
 

@@ -7,10 +7,13 @@ per matrix the pinned core, of the weights' dtype, and two moments, fp32 or bf16
 matrices are on the host too, pinned: all micro-batches pass a block together, each matrix comes up for both
 passes and goes down once, when its update has been applied. The twin (`offload=False`) moves and computes the
 same with nothing pinned and nothing overlapped, and keeps all cores on the GPU for a time.
+
+Longer than 400 lines: constants stand beside what they count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from engines.costs import loss, transformer
@@ -26,6 +29,7 @@ from engines.costs.native import (
     workspaces,
 )
 from engines.costs.resources.traffic import (
+    ADAMW_KERNEL_BYTES,
     FUSED_ADAM_BYTES,
     GpuMemory,
     LayerTraffic,
@@ -43,15 +47,17 @@ INDEX_BYTES = 8
 NORM_BYTES = 4
 """A block's squared norm goes down before its cores."""
 
-CORE_ADAM_SLOWDOWN = 1.2
-"""Time of Adam on a 16-bit core over that of the bytes it moves, beside threads that start kernels and copies
-that need the same memory. 1.1 to 1.35 in the records of deepseek-coder of 27 November (reports/results)."""
+OWN_KERNELS_SLOWDOWN = 2.0
+"""Time of the kernels that project and that apply an update over that of a copy of as many bytes: 24 us for
+12, 47 for 26, 40 for 16 and 94 for 43 at 4096 tokens on an H200 (engines/EXPERIMENTS.md)."""
 
-SMALL_KERNELS_BYTES = 120_000_000
-"""GPU memory traffic in the time of a matrix's small kernels (gathering, norm, rounding, copies of its core)
-beyond the bytes that they move: some 30 us on an H200. The records of deepseek-coder at 1.3B
-(reports/results) have 8 to 10 ms more GPU work for 168 matrices than products and bytes come to, those at
-6.7B 4 to 7 ms for 224."""
+GRAPH_COPIES = 7
+"""Of a block's hidden state or its gradient, in a micro-batch whose blocks run as CUDA graphs: to the graph's
+place and out of it, and within it to what the backward pass needs. Counted
+(`engines.model.training_graphs`)."""
+
+NORM_KERNELS = 3
+"""Of a block's cores: their norm, its square, and a copy of it. Counted."""
 
 WEIGHT_SLOTS = 3
 """Blocks whose weights are on the GPU at once where they are streamed: one computes, two come up."""
@@ -69,23 +75,24 @@ FLOPS_PER_BYTE = 150.0
 """Floating-point operations in the time of one byte of GPU memory, to choose how a core is made: 160 on an
 H200 (755 TFLOP/s, 4.8 TB/s), 165 on an RTX 4090."""
 
-LAUNCHES = 4
+LAUNCHES = 2
 """Per matrix and micro-batch, in launches of a model's own operations: two projections, the product, and
 Python around them. Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took
-0.212 and 0.216 s, of which the model's own operations are 0.15."""
+0.212 and 0.216 s, of which the model's own operations are 0.15 and `BLOCK_LAUNCHES` 0.05."""
 
-STREAM_LAUNCHES = 16
+STREAM_LAUNCHES = 18
 """The same for a matrix whose weights are streamed, however many micro-batches pass it together. Counted:
 such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
 three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-BLOCK_LAUNCHES = 125
+BLOCK_LAUNCHES = 135
 """Per block whose weights stay, in operations without autograd and once a step: all that the interpreter's
-lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. By
-time: on a CPU, where there are no events and streams, a tiny block takes 97 to 108; with `REPLAY_LAUNCHES`
-blocks of RoBERTa, GPT-2, OPT-350M and SmolLM2-135M took 1.8 to 2.5 ms on hosts of H200s, where an operation
-took 13 to 19 us, and of deepseek-coder at 1.3B with 1 x 384 tokens 2.2 and 2.3 ms at 13 us
-(reports/results/deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter)."""
+lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. With
+`REPLAY_LAUNCHES` a block of SmolLM2-135M took 146 to 162 operations in three processes on hosts of H200s,
+which each timed an operation itself (`forward_launch_s` of reports/results/smollm2-135m-sst2-seconds-24gb
+of 30 November), of deepseek-coder at 1.3B with 1 x 384 tokens 146 and 148
+(deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter). By time on a CPU it is 97 to 108, without
+the events, copies, streams and graphs that CUDA is called for."""
 
 REPLAY_LAUNCHES = 15
 """The same of each micro-batch where blocks run as CUDA graphs, both passes: copies in and out of the graphs'
@@ -134,6 +141,18 @@ def core_elements(shape: ModelShape, settings: LspSettings) -> int:
     return sum(core_size(matrix.rows, matrix.columns, settings) ** 2 for matrix in shape.matrices)
 
 
+def chunk_ends(sizes: Sequence[int]) -> list[int]:
+    """Up to which of its matrices each chunk of a block goes, whose cores have `sizes` elements: neighbours
+    that make up `CHUNK_ELEMENTS` at most, or a single larger one."""
+    ends, elements = [], 0
+    for at, size in enumerate(sizes):
+        if elements and elements + size > CHUNK_ELEMENTS:
+            ends.append(at)
+            elements = 0
+        elements += size
+    return [*ends, len(sizes)]
+
+
 def forms_gradient(rows: int, columns: int, d: int, workload: Workload) -> bool:
     """Whether forming the gradient and compressing it costs less than projecting its factors first.
 
@@ -170,9 +189,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters
-    slowdown = 1.0 if element == 4 else CORE_ADAM_SLOWDOWN
-    if settings.moments == "bf16":
-        slowdown *= BF16_MOMENTS_SLOWDOWN
+    slowdown = BF16_MOMENTS_SLOWDOWN if settings.moments == "bf16" else 1.0
     at_once = settings.schedule_order == "layerwise" and settings.max_grad_norm == 0
     offloaded: Overlap = "layerwise" if at_once else "optimizer_after_backward"
     if settings.block_major:
@@ -189,6 +206,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         overlap=offloaded if settings.offload else "serial",
         cpu_adam_factor=core_adam_bytes(element, settings) / FUSED_ADAM_BYTES * slowdown,
         cpu_adam_slowdown=slowdown,
+        cpu_adamw_kernel_factor=core_adam_bytes(element, settings) / ADAMW_KERNEL_BYTES * slowdown,
         rare=_checks(shape, settings),
         reduced_bytes=element * (cores + trained_on_gpu),
     )
@@ -237,20 +255,33 @@ class _BlockWork:
     """What the method does in every block alike, in a step."""
 
     core_elements: int
+    chunks: int
+    """In which cores travel."""
     saved_flops: float
     """Of the gradients' products that cores replace."""
     moved_bytes: float
-    """GPU memory traffic to make cores and to apply their updates."""
+    """GPU memory traffic to make cores and to apply their updates, and of copies around graphs."""
+    kernels: int
+    """Of copies and sums."""
     uploads: list[int]
     """How often each block's weights go up."""
 
     @classmethod
     def of(cls, shape: ModelShape, workload: Workload, settings: LspSettings) -> _BlockWork:
-        moved = (projection_bytes(each, settings, workload) + SMALL_KERNELS_BYTES for each in shape.matrices)
+        moved = sum(projection_bytes(each, settings, workload) for each in shape.matrices)
+        sizes = [core_size(each.rows, each.columns, settings) ** 2 for each in shape.matrices]
+        count, kernels = workload.accumulation, NORM_KERNELS
+        if count > 1:  # sums: cleared, added to, rounded to the core
+            kernels += 1 + (count + 1) * len(shape.matrices)
+        if lsp_passes(shape, workload, settings).captured:
+            moved += 2.0 * GRAPH_COPIES * count * workload.hidden_bytes(shape)
+            kernels += GRAPH_COPIES * count
         return cls(
-            core_elements=core_elements(shape, settings),
+            core_elements=sum(sizes),
+            chunks=len(chunk_ends(sizes)),
             saved_flops=sum(saved_flops(matrix, settings, workload) for matrix in shape.matrices),
-            moved_bytes=sum(moved),
+            moved_bytes=moved,
+            kernels=kernels,
             uploads=streamed_uploads(shape.num_blocks) if settings.streams else [0] * shape.num_blocks,
         )
 
@@ -262,7 +293,10 @@ def _layer(
     element = BYTES_PER_ELEMENT[workload.dtype]
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
-        return layer._replace(gpu_bytes=layer.gpu_bytes + adam_bytes * shape.non_block_parameters)
+        # No graph has it.
+        launches = 3 * transformer.HEAD_LAUNCHES * workload.accumulation
+        on_gpu_bytes = layer.gpu_bytes + adam_bytes * shape.non_block_parameters
+        return layer._replace(launches=launches, gpu_bytes=on_gpu_bytes)
     if not layer.name.startswith("block."):
         return layer
     core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
@@ -274,15 +308,19 @@ def _layer(
         python_launches += REPLAY_LAUNCHES * workload.accumulation
     wire, down = element * core, element * matrices if settings.streams else 0
     up = work.uploads[int(layer.name.removeprefix("block."))] * down
+    updated = float(2 * wire + core_adam_bytes(element, settings) * core)
     return layer._replace(
         gpu_backward_flops=layer.gpu_backward_flops - work.saved_flops,
         gpu_bytes=layer.gpu_bytes + work.moved_bytes + adam_bytes * (shape.block_parameters - matrices),
+        kernels=layer.kernels + work.kernels,
         launches=launches,
         python_launches=python_launches,
         h2d_bytes=wire + up,
         d2h_bytes=wire + NORM_BYTES + down,
         cpu_adam_elements=core,
-        host_bytes=float(2 * wire + up + down + core_adam_bytes(element, settings) * core),
+        cpu_chunks=work.chunks * settings.offload,
+        host_bytes=updated + up + down,
+        update_bytes=updated,
     )
 
 
@@ -295,7 +333,7 @@ def saved_flops(matrix: MatrixShape, settings: LspSettings, workload: Workload) 
 
 
 def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workload) -> float:
-    """GPU memory traffic of a step to make a matrix's core and to apply its update."""
+    """GPU memory traffic of a step to make a matrix's core and to apply its update, in the time of copies."""
     element, d = BYTES_PER_ELEMENT[workload.dtype], core_size(matrix.rows, matrix.columns, settings)
     rows, columns = matrix.rows, matrix.columns
     if settings.residual or forms_gradient(rows, columns, d, workload):
@@ -304,7 +342,8 @@ def projection_bytes(matrix: MatrixShape, settings: LspSettings, workload: Workl
         made = workload.tokens_per_step * (rows + columns + 2 * d)
     # Expanded, taken off the gradient, kept, scaled, filled and applied.
     left_out = (RESIDUAL_PASSES * matrix.parameters + d * d) if settings.residual else 0
-    moved = element * (made + 2 * matrix.parameters + 4 * d * d + left_out)
+    own = OWN_KERNELS_SLOWDOWN * (made + 2 * matrix.parameters)
+    moved = element * (own + 4 * d * d + left_out)
     if workload.accumulation > 1:  # fp32 sums: cleared, added to by each micro-batch, rounded to the core
         moved += (4 + 12 * workload.accumulation + 4 + element) * d * d
     return float(moved)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engines.costs.resources.traffic import SWITCH_INTERVAL_S
 from engines.cpu_updates.chunks import ChunkUpdate, UploadTarget, update_chunk
 from engines.cpu_updates.cpu_adam import compiled, squared_norm_of_sum
 from engines.cpu_updates.cpu_threads import AdamThreads
@@ -39,11 +40,6 @@ from engines.transfer.link import Event, Link
 
 WAIT_LIMIT_S = 600.0
 """Most time that one update is waited for: a hang becomes an error."""
-
-SWITCH_INTERVAL_S = 1e-4
-"""After which a thread that waits for the interpreter's lock gets it from one that runs. Adam's wants it back
-after each chunk, while others start kernels: with Python's 5 ms an update of `lsp` at 1.3B, bf16 moments,
-took 42 ms on an H200's host, with this 32."""
 
 _cuda: Any = torch.cuda  # most of it is without annotations
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from engines.base import ReportProgress
-from engines.costs.lsp import CHUNK_ELEMENTS, CORE_SLOTS
+from engines.costs.lsp import CORE_SLOTS, chunk_ends
 from engines.cpu_updates.chunks import OfRanks, StepShare
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
@@ -325,14 +326,10 @@ def _elements(subspaces: Sequence[Subspace]) -> int:
 
 
 def _grouped(subspaces: Sequence[Subspace]) -> Iterator[list[Subspace]]:
-    """Neighbours whose cores make up `CHUNK_ELEMENTS` at most, or a single larger one."""
-    group: list[Subspace] = []
-    for each in subspaces:
-        if group and _elements([*group, each]) > CHUNK_ELEMENTS:
-            yield group
-            group = []
-        group.append(each)
-    yield group
+    """Neighbours whose cores travel together."""
+    ends = chunk_ends([_elements([each]) for each in subspaces])
+    for begin, end in pairwise([0, *ends]):
+        yield list(subspaces[begin:end])
 
 
 def move_moments(state: CoreState, matrix: CoreMatrix, left: Projector, right: Projector) -> int:

@@ -13,9 +13,10 @@ from profiles.planning.budget import gpu_bytes_needed
 from profiles.planning.context import AS_FAST, PlanningContext
 from profiles.units import format_seconds
 
-NO_SLOWER = 1.001
+NO_SLOWER = 1.003
 """A step within this factor of the fastest is not worth a block's activations. Of 32 blocks one that runs
-again takes 0.008 of a step that the GPU decides."""
+again takes 0.008 of a step that the GPU decides; where the CPU plainly does, the last takes 0.001, for which
+the CPU waits, and the others nothing."""
 
 WORTH_GPU_BLOCKS = 1.005
 """A step within this factor of the fastest is not worth more blocks that the GPU updates, which take 12 bytes

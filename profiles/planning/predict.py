@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engines.costs.resources.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
-from engines.costs.resources.traffic import FUSED_ADAM_BYTES, LayerTraffic, Traffic
+from engines.costs.resources.traffic import FUSED_ADAM_BYTES, SWITCH_INTERVAL_S, LayerTraffic, Traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Machine
@@ -131,6 +131,7 @@ class _Rates:
     per_h2d_byte_s: float
     per_d2h_byte_s: float
     per_adam_element_s: float
+    per_chunk_s: float
     per_host_byte_s: float
     per_disk_byte_s: float
     per_disk_written_byte_s: float
@@ -277,9 +278,9 @@ def _bottleneck(busy: dict[str, float], step_s: float, traffic: Traffic, micro_b
     others = {name: time_s for name, time_s in busy.items() if name != "host memory"}
     if traffic.overlap == "layerwise":
         others["gpu"] /= micro_batches
+    if traffic.overlap in ("blockwise", "layerwise") and host_s > others["cpu"] > 0:
+        others["host memory"] = host_s  # by which updates take as long
     name = max(others, key=lambda name: others[name])
-    if name == "cpu" and traffic.overlap == "blockwise" and host_s > others[name]:
-        return "host memory"
     return name if others[name] > 0 else None
 
 
@@ -397,6 +398,8 @@ def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
         d2h_s=layer.d2h_bytes * rates.per_d2h_byte_s,
         cpu_s=layer.cpu_adam_elements * rates.per_adam_element_s,
         host_s=layer.host_bytes * rates.per_host_byte_s,
+        update_host_s=layer.update_bytes * rates.per_host_byte_s,
+        between_updates_s=layer.cpu_chunks * rates.per_chunk_s,
         # A disk that reads and writes does one after the other, or each at half its rate.
         disk_s=layer.disk_bytes * rates.per_disk_byte_s
         + layer.disk_write_bytes * rates.per_disk_written_byte_s,
@@ -436,6 +439,8 @@ def _rates(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound)
         per_h2d_byte_s=up,
         per_d2h_byte_s=down,
         per_adam_element_s=per(traffic.cpu_adam_elements, lambda: cpu_adam(machine, traffic)[0], adam_factor),
+        # Without a GPU there is nobody beside it.
+        per_chunk_s=SWITCH_INTERVAL_S if machine.gpu is not None else 0.0,
         per_host_byte_s=host_byte_s,
         per_disk_byte_s=per(traffic.disk_bytes, lambda: disk(machine)),
         per_disk_written_byte_s=per(traffic.disk_write_bytes, lambda: disk(machine, writes=True)),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from engines.costs.resources.traffic import Traffic
+from engines.costs.resources.traffic import SWITCH_INTERVAL_S, Traffic
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.context import BESIDE_GPU
@@ -111,9 +111,15 @@ def largest_hidden(
 
 
 def _block_s(cost: Traffic, machine: Machine, workload: Workload) -> dict[str, float] | None:
-    """`resource_s` of a block in the middle: those at the ends may be there already."""
+    """`resource_s` of a block in the middle: those at the ends may be there already. Updates have what lies
+    between two chunks in them."""
     blocks = [layer for layer in cost.layers if layer.name.startswith("block.")]
-    return resource_s(replace(cost, layers=(blocks[len(blocks) // 2],)), machine, workload)
+    middle = blocks[len(blocks) // 2]
+    times = resource_s(replace(cost, layers=(middle,)), machine, workload)
+    between_s = SWITCH_INTERVAL_S * middle.cpu_chunks
+    return times and {
+        name: time_s + between_s * (name in ("cpu", "host memory")) for name, time_s in times.items()
+    }
 
 
 def size_of(sides: Sides, k: int) -> int:

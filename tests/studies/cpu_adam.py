@@ -95,9 +95,9 @@ def parts_of(elements: int) -> Iterator[None]:
 
 @contextmanager
 def chunks_of(elements: int) -> Iterator[None]:
-    from engines.subspace import cores
+    from engines.costs import lsp
 
-    with mock.patch.object(cores, "CHUNK_ELEMENTS", elements):
+    with mock.patch.object(lsp, "CHUNK_ELEMENTS", elements):
         yield
 
 

@@ -6,6 +6,7 @@ no smaller than the busiest resource and no larger than the sum of all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class LayerTimes:
     cpu_s: float
     host_s: float
     """Host memory, shared by copies and CPU update; it is busy while they are, never after them."""
+    update_host_s: float = 0.0
+    """Of `host_s`, what the CPU's updates move and copies of what they read and write."""
+    between_updates_s: float = 0.0
+    """What the CPU stands still for from one chunk to the next."""
     disk_s: float = 0.0
     from_gpu_s: float = 0.0
     """Between the machine's GPUs."""
@@ -87,8 +92,9 @@ def layerwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """LSP-Offload's layer-wise schedule (2406.10181, closed form): deep layers' updates are on their way
     while shallow layers compute, into the next forward pass.
 
-    max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others
-    and all micro-batches but one, during which there is nothing to update.
+    max(L (f + b) + c + u + h, max(L c, L u, L h) + fill), the fill being one layer's way through the others,
+    what comes after the last layer with weights to update (the head), and all micro-batches but one, during
+    which there is nothing to update.
     """
     return _pipelined_s(layers, micro_batches, chunk_share=1.0)
 
@@ -97,18 +103,19 @@ def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
     """All micro-batches pass a block together, so that its gradients have the rest of the step to go down,
     through the CPU and up again, into the next forward pass, in chunks.
 
-    max over resources R but the GPU of (total of R + `CHUNK_SHARE` of the largest layer's share of every
-    other resource), and the GPU's total + max(0, what it waits for the first block that the CPU updates - its
-    own time for the blocks before that)
+    max over copies of (total + `CHUNK_SHARE` of the largest layer's share of every other resource), the CPU's
+    total + the GPU's time for the last block that it updates and for what comes after it, and the GPU's total
+    + max(0, what it waits for the first block that the CPU updates - its own time for the blocks before that)
 
-    The gradients of that block are there all at once, when backward leaves it, and the next forward pass
-    wants its weights whole: it waits for the CPU's whole update, and a chunk's way down and up.
+    The gradients of a block are there all at once, when backward leaves it, and the next forward pass wants
+    its weights whole. So the GPU waits for the CPU's whole update of the first block, and a chunk's way down
+    and up; and the CPU, which has updated the last block, for all micro-batches' way through it.
     """
     first = next((at for at, layer in enumerate(layers) if _moves(layer)), len(layers))
     wait_s = 0.0
     if first < len(layers):
         wanted = layers[first]
-        wait_s = wanted.cpu_s + CHUNK_SHARE * (wanted.d2h_s + wanted.h2d_s)
+        wait_s = _updates_s([wanted]) + CHUNK_SHARE * (wanted.d2h_s + wanted.h2d_s)
     before_s = sum(layer.gpu_s for layer in layers[:first] if layer.backward_s > 0)
     return _pipelined_s(
         layers, micro_batches=1, chunk_share=CHUNK_SHARE, gpu_waits_s=max(0.0, wait_s - before_s)
@@ -118,18 +125,19 @@ def blockwise_s(layers: Sequence[LayerTimes], micro_batches: int = 1) -> float:
 def held_back_s(layers: Sequence[LayerTimes], room: float) -> float:
     """`blockwise_s` where gradients of only that share of the blocks, `room`, may wait on the host.
 
-    max(blockwise, updates + min(forward, max(0, (1 - room) updates - backward))),
-    updates being the CPU's time, or that of host memory if it is longer
+    max(blockwise, updates + turn + min(forward, max(0, (1 - room) updates - backward))), the turn being what
+    the CPU stands still for anyway, and the forward pass what comes before that
 
     What has not been updated when backward ends waits there, at most `room` of it; for the rest backward
     waits. While it does, and the next gradient is on its way into what has become free, the CPU updates what
     it was to have for the next forward pass, and stands still in that for as long.
     """
-    busy = busy_s(layers)
     backward = sum(layer.backward_s for layer in layers)
-    updates = max(busy["cpu"], busy["host memory"])
+    turn_s, turning = _turn_s(layers, 1, CHUNK_SHARE), _turning(layers)
+    updates = _updates_s(layers, turn_s)
     held_s = max(0.0, (1.0 - room) * updates - backward)
-    waiting_s = updates + min(busy["gpu"] - backward, held_s)
+    before_s = sum(layer.gpu_s - layer.backward_s for layer in layers[: len(layers) - len(turning)])
+    waiting_s = updates + turn_s + min(before_s, held_s)
     return max(blockwise_s(layers), min(waiting_s, serial_s(layers)))
 
 
@@ -153,13 +161,40 @@ def _moves(layer: LayerTimes) -> bool:
     return layer.h2d_s + layer.d2h_s + layer.cpu_s > 0
 
 
+def _updates_s(layers: Sequence[LayerTimes], turn_s: float = 0.0) -> float:
+    """What the CPU's updates take from the first to the last, of which there are `turn_s` before the next
+    step's: its own time, or what memory takes for them beside other copies, which go on all the time.
+
+    That is the w of w = updates + copies w / (w + turn).
+    """
+    own = sum(layer.update_host_s for layer in layers)
+    beside = sum(layer.host_s - layer.update_host_s for layer in layers) if own else 0.0
+    between = sum(layer.between_updates_s for layer in layers)
+    half = (own + between + beside - turn_s) / 2
+    in_memory = half + math.sqrt(half * half + (own + between) * turn_s)
+    return max(sum(layer.cpu_s for layer in layers) + between, in_memory)
+
+
+def _turning(layers: Sequence[LayerTimes]) -> Sequence[LayerTimes]:
+    """The last layer that gives link or CPU work, and those after it."""
+    last = max((at for at, layer in enumerate(layers) if _moves(layer)), default=len(layers))
+    return layers[last:]
+
+
+def _turn_s(layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float) -> float:
+    """From the last update of a step to the first of the next: what was updated goes up, its layer and those
+    after it run forward and backward, and the first gradient comes down."""
+    turning = _turning(layers)
+    copied_s = sum(layer.h2d_s + layer.d2h_s for layer in turning[:1])
+    return sum(layer.gpu_s for layer in turning) / micro_batches + chunk_share * copied_s
+
+
 def _pipelined_s(
     layers: Sequence[LayerTimes], micro_batches: int, chunk_share: float, gpu_waits_s: float | None = None
 ) -> float:
     """Only the last of `micro_batches` gives the others work. Layers move on in shares of `chunk_share`.
     `gpu_waits_s`: what a GPU waits that decides; `None`: for a share of the largest layer's way."""
     busy = busy_s(layers)
-    host, disk = busy.pop("host memory"), busy.pop("disk")
     idle_s = busy["gpu"] * (micro_batches - 1) / micro_batches
     moving = [layer for layer in layers if _moves(layer)]
     share = {
@@ -170,10 +205,15 @@ def _pipelined_s(
         "gpu to gpu": chunk_share * max((layer.from_gpu_s for layer in moving), default=0.0),
     }
     fill = sum(share.values())
-    others = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "cpu", "gpu to gpu"))
+    copies = (busy[name] + fill - share[name] + idle_s for name in ("h2d", "d2h", "gpu to gpu"))
+    updates = 0.0
+    if busy["cpu"]:
+        stands_s = _turn_s(layers, micro_batches, chunk_share) + idle_s
+        updates = _updates_s(layers, stands_s) + stands_s
     # Reading goes on ahead, over the ends of layers and steps: it waits for nobody.
     waits_s = fill - share["gpu"] if gpu_waits_s is None else gpu_waits_s
-    return max(host, disk, busy["gpu"] + waits_s, *others)
+    chains = (busy["gpu"] + waits_s, updates, *copies)
+    return max(*busy.values(), min(max(chains), serial_s(layers)))
 
 
 STEP_TIME: dict[Overlap, Callable[[Sequence[LayerTimes], int], float]] = {

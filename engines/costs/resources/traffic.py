@@ -19,6 +19,17 @@ at the same bytes per second, beside copies and threads that start kernels: 0.84
 deepseek-coder of 29 November (reports/results), where nothing else used the host's memory."""
 
 
+ADAMW_KERNEL_BYTES = 26
+"""The same of this program's AdamW on 16-bit weights with fp32 moments, by which machines are probed too: the
+gradient read, weight, low half of its master and moments read and written."""
+
+SWITCH_INTERVAL_S = 1e-4
+"""After which a thread that waits for the interpreter's lock gets it from one that runs, where chunks are
+updated beside threads that start kernels. The CPU's wants it back after each chunk: with Python's 5 ms an
+update of `lsp` at 1.3B, bf16 moments, took 42 ms on an H200's host, with this 32. So long it stands still
+between two chunks, by the prediction: 0.06 to 0.13 ms were left of each in eight runs of two H200s' hosts."""
+
+
 class LayerTraffic(NamedTuple):
     """What one layer asks of each resource in one step. `embedding` and `head` count as layers.
 
@@ -41,8 +52,12 @@ class LayerTraffic(NamedTuple):
     d2h_bytes: int = 0
     cpu_adam_elements: int = 0
     """Elements that the fused Adam on the CPU updates."""
+    cpu_chunks: int = 0
+    """Chunks that it updates them in, one after the other, beside threads that start kernels."""
     host_bytes: float = 0.0
     """Host memory traffic of the copies and of the CPU update."""
+    update_bytes: float = 0.0
+    """Of that, what the CPU's updates move, and copies of what they read and write."""
     disk_bytes: int = 0
     """Read from disk, by all ranks of a machine together."""
     disk_write_bytes: int = 0
@@ -160,7 +175,10 @@ class Traffic:
     """What of that is no memory traffic: arithmetic, and waiting for threads that need the same memory. A
     factor."""
     cpu_adamw_kernel_factor: float | None = None
-    """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: other code runs."""
+    """The same over this program's compiled AdamW on bf16 weights, fp32 moments; `None`: code of others
+    runs."""
+    is_adamw_kernel: bool = False
+    """It is that AdamW itself, and no other compiled pass."""
     forwards: float = 1.0
     """Forward passes that each micro-batch takes, a part of the blocks being a part of a pass."""
     rare: RareWork | None = None
@@ -208,7 +226,9 @@ class Traffic:
             more = layer.d2h_bytes * (1 - 1 / local_ranks) if layer.cpu_adam_elements else 0.0
             return layer._replace(
                 cpu_adam_elements=-(-layer.cpu_adam_elements // local_ranks),
+                cpu_chunks=-(-layer.cpu_chunks // local_ranks),
                 host_bytes=copies + (layer.host_bytes - copies) / local_ranks + more,
+                update_bytes=layer.update_bytes / local_ranks + more,
             )
         up, down = layer.h2d_bytes, layer.d2h_bytes
         if self.divided == "write-back":

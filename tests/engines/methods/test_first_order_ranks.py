@@ -14,6 +14,7 @@ from ranks import SideBySideWorld, side_by_side
 from torch import Tensor
 
 from engines.base import Batch, Context
+from engines.costs import lsp as lsp_costs
 from engines.cpu_updates import block_state
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
@@ -23,7 +24,6 @@ from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.libraries import LoraSettings
 from engines.settings.lsp import LspSettings
 from engines.shapes import Dtype, Workload
-from engines.subspace import cores
 from engines.world import ALONE, World
 from tiny_models import tiny_batches, tiny_blueprint
 
@@ -40,7 +40,7 @@ LSP = LspSettings(learning_rate=3e-3, weight_decay=0.1, d=32, r=4, check_every=2
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny block's matrices are then several chunks, of several owners."""
     monkeypatch.setattr(block_state, "CHUNK_ELEMENTS", 512)
-    monkeypatch.setattr(cores, "CHUNK_ELEMENTS", 2048)
+    monkeypatch.setattr(lsp_costs, "CHUNK_ELEMENTS", 2048)
 
 
 def context(world: World, accumulation: int, dtype: Dtype) -> Context:

@@ -394,8 +394,8 @@ def test_products_are_kept_where_all_activations_do_not_fit() -> None:
 
 def test_host_memory_limits_a_step_that_is_held_back_by_its_updates() -> None:
     """As the sentence on what is the slowest beside the GPU says."""
-    found = plan(4096, given={"gradient_blocks": 4, "weights": "streamed"})
-    without = plan(4096, given={"weights": "streamed"})
+    found = plan(8192, given={"gradient_blocks": 4, "weights": "streamed"})
+    without = plan(8192, given={"weights": "streamed"})
     assert found.prediction.step_s is not None
     assert without.prediction.step_s is not None
     assert found.prediction.step_s > 1.05 * without.prediction.step_s
