@@ -81,6 +81,8 @@ class BestMethod:
     """Of the job; `None`: it fits, and no time is predicted."""
     on_disk: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     """A part of the model or of its states is read from disk in every step."""
+    disk_bytes: Annotated[int, Field(exclude_if=lambda value: not value)] = 0
+    """So much of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,4 +123,5 @@ def _best(order: str, plans: Sequence[Plan], forecasts: Mapping[str, JobForecast
         return None
     best = found[0]
     (plan,) = (each for each in plans if each.engine == best.engine)
-    return BestMethod(engine=best.engine, seconds=best.band, on_disk=plan.prediction.disk_read_bytes > 0)
+    on_disk = plan.prediction.disk_read_bytes
+    return BestMethod(engine=best.engine, seconds=best.band, on_disk=on_disk > 0, disk_bytes=on_disk)

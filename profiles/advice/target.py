@@ -100,7 +100,12 @@ def target_sentences(found: Sequence[TargetAnswer], kinds: Collection[str]) -> t
             continue
         if sure is not None:
             best = getattr(sure.outlook, kind)
-            said.append(words.least_machine(name, sure.outlook.name, best.engine, on_disk=best.on_disk))
+            said.append(
+                words.least_machine(
+                    name, sure.outlook.name, best.engine, disk_bytes=best.disk_bytes,
+                    timed=best.seconds is not None,
+                )
+            )  # fmt: skip
         if perhaps is not None and (sure is None or found.index(perhaps) < found.index(sure)):
             method = getattr(perhaps.outlook, kind).engine
             said.append(words.perhaps_machine(name, perhaps.outlook.name, method))

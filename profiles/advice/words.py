@@ -89,8 +89,9 @@ def names(engines: Sequence[str]) -> str:
     return f"{', '.join(engines[:-1])} and {engines[-1]}"
 
 
-def least_machine(kind: str, machine: str, engine: str, *, on_disk: bool) -> str:
-    disk = ", with a part of it on disk" if on_disk else ""
+def least_machine(kind: str, machine: str, engine: str, *, disk_bytes: int, timed: bool) -> str:
+    disk = f", with {format_bytes(disk_bytes)} of it on disk" if disk_bytes else ""
+    disk += ", in a time that is not predicted" if disk and not timed else ""
     return f"{kind} the least machine that does it is {machine}, by {engine}{disk}."
 
 
