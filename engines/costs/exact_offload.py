@@ -12,7 +12,9 @@ The CPU hides behind the GPU above T* = F (c + 4) / (8 bandwidth) tokens per ste
 (some 650 TFLOP/s in large products, 120 GB/s of host memory, 50 GB/s each way): a model of 1.3 or 6.7 billion
 parameters takes 0.32 or 1.6 s of the CPU with fp32 moments, 0.23 or 1.2 s with bf16 and 0.19 or 1.0 s with
 int8, 0.05 or 0.27 s of the link; T* is 20, 15 and 12 thousand tokens. All micro-batches of a step count: they
-pass a block together (`engines.model.block_major`).
+pass a block together (`engines.model.block_major`). A step of about T* tokens takes longer than either: the
+CPU has nothing to update while the last block and the head go forward and backward, and stands still from
+chunk to chunk (`engines.costs.resources.overlap.blockwise_s`).
 
 With `weights=streamed` the weights of the blocks come up twice, but for those of the last `weight_slots`, so
 the link takes 4 N / bandwidth upwards: 0.54 s for 6.7 billion parameters at 50 GB/s, 1.0 s for 13.
