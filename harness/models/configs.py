@@ -7,6 +7,7 @@ forms turn it into a `ModelShape`, so that a 175B model can be planned for on a 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -254,8 +255,16 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
             "check the path",
         )
     for key, value in config.items():
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        # A list has one for each block, null the default.
+        if key in _SIZES and not isinstance(value, list | None) and not (is_number and value > 0):
+            raise UserError(
+                f"model '{name}'",
+                f"config.json has {key} = {json.dumps(value)[:40]}, which is no whole number above 0",
+                "correct config.json",
+            )
         most = _MOST.get(key, MOST_BLOCKS if "layer" in key else None)
-        if most is not None and isinstance(value, int) and not -1 <= value <= most:
+        if most is not None and is_number and value > most:
             raise UserError(
                 f"model '{name}'",
                 f"config.json has {key} = {value}, above {most}",
@@ -280,6 +289,14 @@ _MOST = {
     "num_experts": 10**5, "num_local_experts": 10**5, "num_labels": 10**6,
 }  # fmt: skip
 """Many times what any model has. One of more parts would be built for hours, even without its weights."""
+
+_SIZES = frozenset(
+    {
+        "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads",
+        "n_head", "num_key_value_heads", "head_dim",
+    }
+)  # fmt: skip
+"""Without one of these there is no model; the closed forms would count with whatever stands there."""
 
 
 def _hub_config(hub_id: str) -> Path:

@@ -53,8 +53,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "images": ({"model_type": "vit", "patch_size": 16, "num_channels": 3}, "vit is a model of images"),
     "images by type": ({"model_type": "vit"}, "'vit' is no language model"),
-    "a field of another type": ({**config_of("mixtral"), "hidden_size": "wide"}, "'hidden_size'"),
-    "sizes that do not fit": ({**config_of("gemma"), "head_dim": -1}, "makes no model"),
+    "a field of another type": ({**config_of("mixtral"), "hidden_size": "wide"}, 'hidden_size = "wide"'),
+    "another field of another type": (
+        {**config_of("mixtral"), "intermediate_size": "wide"},
+        "'intermediate_size'",
+    ),
+    "sizes that do not fit": ({**config_of("gemma"), "intermediate_size": -1}, "makes no model"),
 }
 
 

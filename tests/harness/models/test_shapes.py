@@ -272,7 +272,7 @@ def faults(tmp_path: Path) -> dict[str, tuple[Job, str]]:
         "not a model": (job(folder("empty", None)), "not a model.*no config.json"),
         "not JSON": (job(folder("torn", "{")), "not valid JSON"),
         "no type": (job(folder("typeless", "{}")), "names no model_type"),
-        "malformed": (job(folder("bad", '{"model_type": "opt", "hidden_size": "wide"}')), "malformed"),
+        "malformed": (job(folder("bad", '{"model_type": "opt", "ffn_dim": "wide"}')), "malformed"),
         "unknown type": (
             job(folder("odd", '{"model_type": "no_such_type"}')),
             "code from outside is not run",
@@ -305,6 +305,17 @@ def test_mistakes_are_named(fault: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         resolve_shape(faulty)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, 32.5, "32", True])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "num_key_value_heads"])
+def test_a_size_that_no_model_has_is_no_plan(tmp_path: Path, key: str, value: Any) -> None:
+    """The closed forms would count with it."""
+    config = {"model_type": "llama", **SMALL, "vocab_size": 50, key: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job = Job(model=ModelSource(name=str(tmp_path), random_weights=True))
+    with pytest.raises(UserError, match=f"config.json has {key} = .*, which is no whole number above 0"):
+        resolve_shape(job)
 
 
 @pytest.mark.parametrize(
