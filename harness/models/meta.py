@@ -205,6 +205,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         expert_parameters=in_experts,
         num_experts=num_experts,
         experts_per_token=chosen,
+        is_recurrent=any(_STATES.search(name) for block in blocks for name, _ in block.named_parameters()),
     )
 
 
@@ -219,6 +220,9 @@ def _number(config: Any, name: str) -> int | None:
         value = max((each for each in value if isinstance(each, int)), default=None)
     return value if isinstance(value, int) and value > 0 else None
 
+
+_STATES = re.compile(r"\bA_log$|\brg_lru\b|\btime_decay$")
+"""Parameters of states that go from token to token: of Mamba and gated delta nets, of Griffin, of RWKV."""
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k")

@@ -84,6 +84,12 @@ def verdict_of(
             "the machine. "
             "Adapters, 4-bit weights and subspaces are of the matrices beside the experts."
         )
+    if fitting and shape.is_recurrent:
+        sentences.append(
+            "Blocks of this model carry a state from token to token, which is not counted and was not "
+            "measured: transformers takes many times as long where kernels for it are not installed. "
+            "Compare on the machine."
+        )
     tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
     if tied:
         sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")

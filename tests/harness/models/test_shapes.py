@@ -389,6 +389,16 @@ def test_blocks_of_unlike_size_are_counted_one_by_one() -> None:
     assert shape_from_meta(config_of("llama"), name="t", head="causal_lm", num_labels=0).block_sizes == ()
 
 
+@pytest.mark.parametrize(
+    ("family", "is_recurrent"),
+    [("mamba2", True), ("jamba", True), ("recurrent_gemma", True), ("rwkv", True), ("qwen3_next", True),
+     ("zamba2", True), ("gemma2", False), ("mixtral", False), ("lfm2", False)],
+)  # fmt: skip
+def test_states_that_go_from_token_to_token_are_known(family: str, is_recurrent: bool) -> None:
+    shape = shape_from_meta(config_of(family), name="tiny", head="causal_lm", num_labels=0)
+    assert shape.is_recurrent is is_recurrent
+
+
 @pytest.mark.parametrize("family", ["bloom", "mamba", "gptj", "zamba2", "distilbert", "xlm"])
 def test_sizes_come_from_the_model_where_the_configuration_does_not_tell(family: str) -> None:
     shape = family_model(family).shape

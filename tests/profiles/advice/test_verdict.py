@@ -60,6 +60,11 @@ def test_that_no_mixture_was_measured_is_said() -> None:
     assert "mixture" not in verdict(["native"], DEEPSEEK_1B).text
 
 
+def test_that_states_from_token_to_token_are_not_counted_is_said() -> None:
+    assert "carry a state" in verdict(["native"], replace(DEEPSEEK_1B, is_recurrent=True)).text
+    assert "carry a state" not in verdict(["native"], DEEPSEEK_1B).text
+
+
 def test_a_comparison_that_takes_long_says_so() -> None:
     job = JobToPlan(shape=DEEPSEEK_7B, workload=TRAINING, engines=(), settings={})
     plans = [plan_engine(job.context(e, H200), job.settings_of(e)) for e in ("native", "lsp")]
