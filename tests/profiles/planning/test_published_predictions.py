@@ -20,8 +20,7 @@ from harness.records.run import Run, load_run
 from harness.resolve import resolve_shape
 from profiles.machine import load_machine
 from profiles.planning.budget import beside_torch_bytes, budget_of, reserved_bytes
-from profiles.planning.plan import Plan
-from profiles.planning.predict import CPU_BESIDE_ERROR, GPU_MODEL_ERROR, LAUNCH_BESIDE_ERROR
+from profiles.planning.predict import CPU_BESIDE_ERROR, GPU_MODEL_ERROR
 
 RESULTS = Path(__file__).parents[3] / "reports" / "results"
 FIRST = "20261124"
@@ -74,24 +73,17 @@ def as_it_ran(job: Job, date: str, taken: list[Run]) -> Job:
 
 
 @cache
-def plans(folder: Path) -> tuple[Plan, ...]:
-    """Of each engine that has a run."""
-    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-    job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
-    taken = {run.engine: run for run in runs(folder) if run.summary.step_s_median is not None}
-    return tuple(plan_job(job, resolve_shape(job), machine, list(taken)))
-
-
-@cache
 def ratios(folder: Path) -> dict[str, float]:
     """Predicted over measured, by engine, where the machine's profile has the figures."""
+    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
+    job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
     steps: dict[str, list[float]] = {}
     for run in runs(folder):
         if run.summary.step_s_median is not None:
             steps.setdefault(run.engine, []).append(run.summary.step_s_median)
     measured_s = {engine: median(each) for engine, each in steps.items()}
     found = {}
-    for plan in plans(folder):
+    for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
         taken_s, predicted_s = measured_s[plan.engine], plan.prediction.step_s
         if predicted_s is None:
             assert "not in the machine profile" in plan.prediction.basis
@@ -102,14 +94,8 @@ def ratios(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_step_took_what_is_predicted_within_the_error_that_plans_state(folder: Path) -> None:
-    """Beside the CPU's updates plans state a wider one where starting the work decides; of steps that link or
-    GPU decide nine in ten are within theirs, as the test of ranges holds."""
-    stated = {plan.engine: plan.prediction.basis for plan in plans(folder)}
     for engine, ratio in ratios(folder).items():
-        error = GPU_MODEL_ERROR
-        if engine in BESIDE_THE_CPU:
-            starts = f"model error a factor of {LAUNCH_BESIDE_ERROR:g} each way" in stated[engine]
-            error = LAUNCH_BESIDE_ERROR if starts else CPU_BESIDE_ERROR
+        error = CPU_BESIDE_ERROR if engine in BESIDE_THE_CPU else GPU_MODEL_ERROR
         assert 1 / error <= ratio <= error, engine
 
 
