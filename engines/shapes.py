@@ -91,6 +91,8 @@ class ModelShape:
     num_experts: int = 0
     """Of each block; 0 where it has none."""
     experts_per_token: int = 0
+    calls_of_a_block: int = 1
+    """In one pass; more where layers share their weights, as ALBERT's do."""
     is_recurrent: bool = False
     """Some blocks carry a state from token to token, of which costs count the products around it alone."""
     label_names: tuple[str, ...] = ()

@@ -121,7 +121,7 @@ def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
     token for the scores and their product with the values, causal or not (kernels that skip the upper
     triangle are not counted on).
     """
-    tokens = workload.tokens_per_step
+    tokens = workload.tokens_per_step * shape.calls_of_a_block
     multiplied = sum(matrix.parameters for matrix in shape.matrices) + shape.active_expert_parameters
     matrices = 2.0 * multiplied * tokens
     return matrices + 4.0 * workload.seq_len * shape.hidden * tokens
@@ -129,7 +129,7 @@ def block_forward_flops(shape: ModelShape, workload: Workload) -> float:
 
 def attention_longer_flops(shape: ModelShape, workload: Workload, forwards: float, backwards: float) -> float:
     """Of so many passes through one block, over all tokens of a step."""
-    counted = 4.0 * workload.seq_len * shape.hidden * workload.tokens_per_step
+    counted = 4.0 * workload.seq_len * shape.hidden * workload.tokens_per_step * shape.calls_of_a_block
     is_wide = shape.hidden >= WIDE_HEAD * shape.num_heads
     done = (0.5 if shape.is_causal else 1.0) / (ATTENTION_SHARE_WIDE if is_wide else ATTENTION_SHARE)
     return counted * (forwards * (done - 1) + backwards * (ATTENTION_BACKWARD * done - 2))
@@ -158,7 +158,7 @@ def elementwise_bytes(shape: ModelShape, workload: Workload, *, compiled: bool =
     if has_long_activation(shape) and not compiled:
         per_element += LONG_ACTIVATION_BYTES
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
-    return per_element * scale * workload.tokens_per_step * shape.hidden
+    return per_element * scale * workload.tokens_per_step * shape.hidden * shape.calls_of_a_block
 
 
 def expert_read_bytes(shape: ModelShape, workload: Workload) -> float:
@@ -271,7 +271,7 @@ def _training_block(
         # A compiler sees that nobody needs the result of the second run, and leaves out its last product.
         unneeded = 2.0 * shape.hidden * shape.intermediate * workload.tokens_per_step if how.compiled else 0.0
         again = max(0.0, forward - unneeded)
-    runs = 2 if recomputed else 1
+    runs, calls = 2 if recomputed else 1, shape.calls_of_a_block
     fills_in = how.keeps_products and not recomputed  # what lies between products
     of_a_pass = COMPILED_KERNELS + len(shape.matrices) if how.compiled else block_kernels(shape)
     kernels = (2 + runs) * of_a_pass + num_biases(shape)
@@ -286,7 +286,8 @@ def _training_block(
         gpu_bytes=(runs + fills_in + BACKWARD_ELEMENTWISE) * elementwise
         + (runs + 1) * expert_read_bytes(shape, workload),
     )
-    return _started(layer, launches, kernels, (2 + runs) * len(shape.matrices), how, workload)
+    products = (2 + runs) * len(shape.matrices)
+    return _started(layer, calls * launches, calls * kernels, calls * products, how, workload)
 
 
 def _started(

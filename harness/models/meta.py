@@ -175,6 +175,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
     in_experts = sum(each.numel() for each in experts.values())
     num_experts = max((len(each) for each in experts.values()), default=0)
     chosen = min(_first_number(config, _EXPERTS_PER_TOKEN) or num_experts, num_experts)
+    layers = _number(config, "num_hidden_layers") or len(blocks)
     gated = any("gate" in name for name in (*(matrix.name for matrix in matrices), *experts))
     # The widths of a token's experts together: of each one matrix, or two where it is gated, and one back.
     expert_widths = chosen * in_experts // max(1, num_experts) // ((3 if gated else 2) * hidden)
@@ -205,6 +206,7 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         expert_parameters=in_experts,
         num_experts=num_experts,
         experts_per_token=chosen,
+        calls_of_a_block=max(1, layers // len(blocks)) if _number(config, "num_hidden_groups") else 1,
         is_recurrent=any(_STATES.search(name) for block in blocks for name, _ in block.named_parameters()),
     )
 

@@ -63,7 +63,8 @@ def saved_activation_bytes(
     of_kept = block_activation_bytes(shape, workload, compiled=how.compiled)
     if how.keeps_products:
         of_kept = min(of_kept, product_activation_bytes(shape, workload))
-    return recomputed * workload.hidden_bytes(shape) + (shape.num_blocks - recomputed) * of_kept
+    kept = recomputed * workload.hidden_bytes(shape) + (shape.num_blocks - recomputed) * of_kept
+    return shape.calls_of_a_block * kept
 
 
 def backward_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: bool = False) -> int:

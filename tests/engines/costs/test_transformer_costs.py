@@ -10,10 +10,12 @@ from family_configs import config_of
 from known_shapes import DEEPSEEK_1B, H200, OPT_1B
 from torch.utils.flop_counter import FlopCounterMode
 
+from engines.costs.memory.activations import saved_activation_bytes
 from engines.costs.memory.segments import lost_between_matrices
 from engines.costs.native import PIECES_BYTES
 from engines.costs.table import traffic
 from engines.costs.transformer import (
+    BlockPasses,
     attention_longer_flops,
     block_forward_flops,
     expert_read_bytes,
@@ -160,3 +162,21 @@ def test_adapters_of_a_mixture_do_not_outrun_the_reading_of_its_experts() -> Non
     plan = predict(traffic("lora", shape, workload, parse_settings("lora", {})), H200, workload)
     assert plan.step_s is not None
     assert plan.step_s > experts / H200.gpu.copy_bytes_per_s.value
+
+
+def test_layers_that_share_their_weights_are_counted_as_often_as_they_are_called() -> None:
+    values = {**config_of("albert"), "num_hidden_layers": 6, "num_hidden_groups": 1}
+    shape = shape_from_meta(values, name="tiny", head="classification", num_labels=2)
+    workload = Workload(batch_size=2, seq_len=32, dtype="fp32")
+    config = configuration(values, ModelSource(name="tiny", random_weights=True), "classification", 2, False)
+    model = auto_class("classification").from_config(config, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, shape.vocabulary, (2, 32)))
+    counted = counter.get_flop_counts()[f"{type(model).__name__}.albert.encoder.albert_layer_groups.0"]
+    scores = 6 * 4.0 * workload.seq_len * shape.hidden * workload.tokens_per_step
+    assert (shape.num_blocks, shape.calls_of_a_block) == (1, 6)
+    assert block_forward_flops(shape, workload) - scores == counted[torch.ops.aten.addmm]
+    eager = BlockPasses.eager(shape, workload)
+    assert saved_activation_bytes(shape, workload, eager) == 6 * saved_activation_bytes(
+        replace(shape, calls_of_a_block=1), workload, eager
+    )
