@@ -85,6 +85,10 @@ def read_bytes(path: Path, what: str, most_bytes: int = MOST_BYTES) -> bytes:
     return bytes(content)
 
 
+_UTF8 = "utf-8-sig"
+"""With or without the mark that some editors put first."""
+
+
 def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES, encoding: str = "utf-8") -> str:
     """All of `path`, with line breaks as they are. Raises `UserError` as `read_bytes` does, and if it is not
     text in `encoding`."""
@@ -111,7 +115,7 @@ def parse_json(content: str | bytes, name: str, what: str) -> Any:
     """The value that `content` is in JSON. Raises `UserError`, which calls it `name`, if it is none or is
     refused by `why_not_plain`."""
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
+        text = content if isinstance(content, str) else content.decode(_UTF8)
         value = json.loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(name, f"is not valid JSON ({error})", f"restore or delete this {what}") from None
@@ -124,7 +128,7 @@ def parse_json(content: str | bytes, name: str, what: str) -> Any:
 def parse_toml(content: str | bytes, name: str) -> dict[str, Any]:
     """The table that `content` is in TOML. Raises `UserError` as `parse_json` does."""
     try:
-        value = tomllib.loads(content if isinstance(content, str) else content.decode("utf-8"))
+        value = tomllib.loads(content if isinstance(content, str) else content.decode(_UTF8))
     except (ValueError, RecursionError, MemoryError) as error:
         raise UserError(name, f"is not valid TOML ({error})", "fix the file") from None
     why = why_not_plain(value)

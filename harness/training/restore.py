@@ -224,7 +224,7 @@ def fingerprint(engine: Engine, num_tensors: int, progress: Progress) -> bytes:
     """
     digest = hashlib.sha256()
     for number, (name, tensor) in enumerate(engine.weights()):
-        progress.update("sampling the weights", number + 1, num_tensors)
+        progress.update("hashing a sample of the weights", number + 1, num_tensors)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLES)].contiguous()

@@ -151,3 +151,12 @@ def test_names_do_nothing_to_a_terminal() -> None:
     error = UserError("a\x1b[31m", "b\nc\ud800", "caf\u00e9 \u202e\u65e5")
     assert str(error) == "a\\x1b[31m: b\\nc\\ud800; caf\u00e9 \\u202e\u65e5"
     assert printable("plain 1") == "plain 1"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
+    """Windows' editors write one."""
+    toml, document = tmp_path / "job.toml", tmp_path / "config.json"
+    toml.write_bytes(b"\xef\xbb\xbfbatch_size = 4\r\n")
+    document.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_toml(toml, "job") == {"batch_size": 4}
+    assert read_json(document, "configuration") == {"a": 1}
