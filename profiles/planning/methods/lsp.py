@@ -35,17 +35,16 @@ copies; within the second where the room that they leave, and that is short, mak
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Weights on the GPU where they fit there beside the smallest subspaces, else streamed, or where the room
-    that they leave makes a step faster or subspaces larger, or where updates then hide behind all
-    micro-batches."""
+    that they leave, and that is short, makes a step faster or subspaces larger."""
     found = _choose_for_weights(context, given, _weights(context, given))
     settings: LspSettings = found.settings.typed
     if "weights" in given or context.machine.gpu is None or not settings.offload or settings.residual:
         return found
     again = settings.recomputed(context.shape.num_blocks, checkpointing=context.workload.checkpointing)
     has_room = not (again or (settings.graphs is False and "graphs" not in given))
-    # Of several micro-batches only the last hides updates then.
-    hides_less = context.workload.accumulation > 1 and context.cost(settings).overlap == "layerwise"
-    if settings.streams or (has_room and (not hides_less or given.get("graphs"))):
+    if settings.streams or has_room:
+        # Streamed, all micro-batches would hide updates, not the last alone: slower, or no faster, where it
+        # was measured, as no graph starts the blocks then (engines/EXPERIMENTS.md).
         return found
     streamed = given.completed(weights="streamed")
     other = _choose_for_weights(context, streamed, Choice(streamed))
@@ -54,14 +53,11 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     before, after = (context.step_s(each) for each in (settings, its))
     if its_elements < elements or before is None or after is None or context.why_missing(its) is not None:
         return found
-    is_for_speed = has_room or its_elements == elements
-    if after > (STREAMED_FASTER if is_for_speed else STREAMED_AS_FAST) * before:
+    if after > (STREAMED_FASTER if its_elements == elements else STREAMED_AS_FAST) * before:
         return found
-    why = "they leave more room to activations and subspaces"
-    if has_room:
-        why = "all micro-batches then pass a block together, and updates hide behind all"
     times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
-    return Choice(other.settings, (f"weights=streamed: {why}, {times}", *other.reasons))
+    why = f"weights=streamed: they leave more room to activations and subspaces, {times}"
+    return Choice(other.settings, (why, *other.reasons))
 
 
 def _choose_for_weights(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:

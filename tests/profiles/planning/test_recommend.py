@@ -340,29 +340,21 @@ def test_d_hides_behind_the_one_micro_batch_that_updates() -> None:
     assert any("of GPU time in one micro-batch" in reason for reason in eight.reasons)
 
 
-def test_weights_are_streamed_where_one_micro_batch_does_not_hide_updates_and_all_do() -> None:
+def test_weights_stay_where_they_fit_though_one_micro_batch_does_not_hide_updates() -> None:
+    """Streamed, all four would by forecast; measured it was slower or no faster (engines/EXPERIMENTS.md)."""
     slow = replace(H200, cpu=replace(H200.cpu, adam_elements_per_s=measured(1.8e9)))
     four = replace(TRAINING, accumulation=4)
-    why = "weights=streamed: all micro-batches then pass a block together, and updates hide behind all"
 
-    def found(machine: Machine, workload: Workload, **values: object) -> Plan:
-        values = {"d": 2048, **values}
-        (only,) = recommend(machine, DEEPSEEK_7B, workload, ["lsp"], given_for_each({"lsp": values}))
+    def found(**values: object) -> Plan:
+        own = given_for_each({"lsp": {"d": 2048, **values}})
+        (only,) = recommend(slow, DEEPSEEK_7B, four, ["lsp"], own)
         return only
 
-    streamed, resident = found(slow, four), found(slow, four, weights="resident")
-    assert streamed.settings["weights"] == "streamed"
-    assert sum(reason.startswith(why) for reason in streamed.reasons) == 1
+    chosen, streamed = found(), found(weights="streamed")
+    assert "weights" not in chosen.settings
+    assert chosen.prediction.step_s is not None
     assert streamed.prediction.step_s is not None
-    assert resident.prediction.step_s is not None
-    assert streamed.prediction.step_s < STREAMED_FASTER * resident.prediction.step_s
-    others = [
-        found(H200, four),  # they hide behind one
-        found(slow, TRAINING),  # there is one
-        found(slow, four, graphs=True),  # which are of weights that stay
-        found(slow, four, max_grad_norm=1.0),  # updates begin when backward has ended
-    ]
-    assert not any("weights" in other.settings for other in others)
+    assert streamed.prediction.step_s < STREAMED_FASTER * chosen.prediction.step_s
 
 
 def test_d_has_a_floor() -> None:
