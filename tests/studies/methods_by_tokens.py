@@ -45,8 +45,11 @@ RECORDS: dict[str, dict[str, dict[str, str]]] = {
         ),
         "lsp, n/4": _each("1.3b", "-lsp-quarter", "4k"),
         "lsp, n/2": _each("1.3b", "-lsp") | {"4k": "deepseek-coder-1.3b-lsp_h200_20261130"},
-        "lsp, 3n/4": {"4k": "deepseek-coder-1.3b-three-quarters-bf16_h200_20261130"},
-        "torchao-offload": {"4k": "deepseek-coder-1.3b-rows_h200_20261129"},
+        "lsp, 3n/4": (
+            _each("1.3b", "-lsp-three-quarters")
+            | {"4k": "deepseek-coder-1.3b-three-quarters-bf16_h200_20261130"}
+        ),
+        "torchao-offload": _each("1.3b", "-torchao") | {"4k": "deepseek-coder-1.3b-rows_h200_20261129"},
     },
     "6.7b": {
         "native": {
