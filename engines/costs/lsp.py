@@ -356,7 +356,7 @@ def _gpu_memory(
     element = BYTES_PER_ELEMENT[workload.dtype]
     sizes = [core_size(matrix.rows, matrix.columns, settings) for matrix in shape.matrices]
     core = sum(d * d for d in sizes)
-    chunk = min(core, max(CHUNK_ELEMENTS, max(d * d for d in sizes)))
+    chunk = min(core, max([CHUNK_ELEMENTS, *(d * d for d in sizes)]))
     slots = min(CORE_SLOTS, shape.num_blocks) if settings.offload else shape.num_blocks
     nonzeros = shape.num_blocks * sum(
         (matrix.rows + matrix.columns) * min(nonzeros_per_row(settings), d)
@@ -392,8 +392,11 @@ def _gpu_memory(
             again = activations.block_activation_bytes(shape, workload)
     # A check forms the gradient, and holds three of its size in fp32.
     largest = max(
-        workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
-        for matrix, d in zip(shape.matrices, sizes, strict=True)
+        (
+            workload.batch_size * workload.seq_len * d * element + matrix.parameters * (element + CHECK_BYTES)
+            for matrix, d in zip(shape.matrices, sizes, strict=True)
+        ),
+        default=0,
     )
     moments = (
         {

@@ -18,6 +18,7 @@ from engines.costs.resources.traffic import Traffic
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
+from engines.settings.lsp import LspSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
 from engines.shapes import ModelShape, Workload
@@ -253,6 +254,8 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return f"{refused[0]}; set {refused[1]}"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
+    if isinstance(settings, LspSettings) and not context.shape.matrices:
+        return "compresses matrices, and the blocks of this model have none"
     others = dtypes_for(engine, machine)
     instead = f"{INSTEAD}{' or '.join(others)}" if others else "; no precision is left"
     if (why := row.refuses.get(workload.dtype)) is not None:

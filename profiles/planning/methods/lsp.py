@@ -36,6 +36,8 @@ copies; within the second where the room that they leave, and that is short, mak
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Weights on the GPU where they fit there beside the smallest subspaces, else streamed, or where the room
     that they leave, and that is short, makes a step faster or subspaces larger."""
+    if not context.shape.matrices:
+        return Choice(given)
     found = _choose_for_weights(context, given, _weights(context, given))
     settings: LspSettings = found.settings.typed
     if "weights" in given or context.machine.gpu is None or not settings.offload or settings.residual:

@@ -155,3 +155,12 @@ def test_blocks_on_disk_need_room_there(free_gb: int) -> None:
     assert plan.fits == (free_gb == 1000)
     if not plan.fits:
         assert "of disk" in str(plan.why_not)
+
+
+def test_a_model_without_matrices_in_its_blocks_has_no_plan_by_lsp_alone() -> None:
+    """SqueezeBERT's are convolutions."""
+    base = named_shape("roberta-base")
+    shape = replace(base, matrices=())
+    found = recommend(RTX_3090, shape, Workload(batch_size=1, seq_len=128), default_engines(), {})
+    refused = {plan.engine: plan.why_not for plan in found if not plan.available}
+    assert refused == {"lsp": "compresses matrices, and the blocks of this model have none"}
