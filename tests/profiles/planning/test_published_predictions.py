@@ -73,6 +73,8 @@ def as_it_ran(job: Job, date: str, taken: list[Run]) -> Job:
     for run in taken:
         if run.engine == "exact-offload" and not {"gpu_blocks", "weights"} & run.plan.settings.keys():
             before["exact-offload"] = {"gpu_blocks": 0}
+        if run.engine == "lsp" and run.plan.settings.get("weights") == "streamed":
+            before["lsp"] = {**before.get("lsp", {}), "weights": "streamed"}
     given = {
         name: job.settings.get(name, defaults(name)).completed(**values) for name, values in before.items()
     }
