@@ -52,6 +52,13 @@ def is_off_grid(shape: ModelShape, workload: Workload) -> bool:
     return shape.predicts_tokens and BYTES_PER_ELEMENT[workload.dtype] == 2 and shape.vocabulary % 8 != 0
 
 
+CHUNK_BYTES_EAGER = 21
+"""Of a logit in a chunk's loss that is not compiled, where its gradient is chosen: logits and the gradient of
+the chunk before (8 in fp32, and in 16 bits 2 each with 4 of their fp32 copy), three fp32 tensors and a byte.
+Counted in `engines.first_order.head_loss`; two jobs of Qwen2.5 that ran out of memory on an H200 asked there
+for what makes it up to within 1 % (`tests/studies/prediction_grid_h200_second_afternoon`)."""
+
+
 def logits_bytes(
     shape: ModelShape, workload: Workload, loss_tokens: int | None = None, *, compiled: bool = False
 ) -> int:
@@ -63,7 +70,7 @@ def logits_bytes(
         return count * (LOSS_BYTES_COMPILED if compiled else LOSS_BYTES_TRAINING)[workload.dtype]
     of_chunk = count * loss_tokens // tokens
     if not compiled:
-        return of_chunk * LOSS_BYTES_TRAINING[workload.dtype] + workload.hidden_bytes(shape)
+        return of_chunk * CHUNK_BYTES_EAGER + workload.hidden_bytes(shape)
     there = of_chunk * LOSS_BYTES_COMPILED[workload.dtype]
     before = of_chunk * BYTES_PER_ELEMENT[workload.dtype]  # the gradient of the chunk before
     most = max(there + before, there + TUNING_BYTES)

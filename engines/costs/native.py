@@ -64,10 +64,10 @@ in its first step, as engines do no more; jobs of `exact-offload` and `lsp`, to 
 earlier moments left, ran with at most 3.6 % more in use (`tests/studies/prediction_grid_h200`)."""
 
 SPARE = 0.03
-"""What plans leave of the GPU beside that. Of 17 runs of `native` that were called fitting at limits which
+"""What plans leave of the GPU beside that. Of 22 runs of `native` that were called fitting at limits which
 nobody had looked at none ran out of memory (`tests/studies/prediction_grid_h200_morning`, the two mornings
-beside it and noon); of twelve the night before three did, which needed up to 6 % more, most of it in `MARGIN`
-now.
+beside it, noon and the second afternoon); of twelve the night before three did, which needed up to 6 % more,
+most of it in `MARGIN` now.
 Other methods missed by more there (`lora` by up to 21 %) or have no such runs, and leave a tenth."""
 
 UNSHARED = 0.5

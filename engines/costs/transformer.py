@@ -52,10 +52,12 @@ STACKED_GATED_KERNELS = 45
 """Kernels of both forward passes of a block in one batch, every product started once per half, without those
 that make noise. Counted from the modules, not traced."""
 
-STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 103, 115
-"""What it takes to start those one by one, in launches: the engine's Python visits each matrix by itself.
-Measured as time on a CPU, noise left out: 431 us for `mezo`'s block of OPT and 482 of Llama (155 and 209
-operations of torch), where an operation of the probe takes 4.1 us."""
+STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 125, 189
+"""What it takes to start those one by one, in launches: the engine's Python visits each matrix by itself. By
+time on an H200's host, in operations that each process timed itself: steps of OPT-13B, and two of
+DeepSeek-Coder 6.7B in processes of 14.6 and 22.2 us (`tests/studies/prediction_grid_h200_second_afternoon`).
+They are 155 and 209 operations of torch, which on a CPU, without a driver to call, take as long as 103 and
+115."""
 
 COMPILED_KERNELS = 6
 """Kernels of one forward pass of a compiled block beside its products: attention, both norms with their
