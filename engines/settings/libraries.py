@@ -39,6 +39,10 @@ class LoraSettings(ChunkedLossSettings, BlockPassSettings):
         return self.targets == ("all",) or layer.rpartition(".")[2] in self.targets
 
 
+NO_LINEAR_LAYERS = ("gpt2", "openai-gpt")
+"""Families whose blocks have transformers' `Conv1D` for matrices, which bitsandbytes has no form of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QloraSettings(LoraSettings):
     """Adapters over matrices of four bits (NF4)."""

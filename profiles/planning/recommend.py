@@ -18,6 +18,7 @@ from engines.costs.resources.traffic import Traffic
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
+from engines.settings.libraries import NO_LINEAR_LAYERS, QloraSettings
 from engines.settings.lsp import LspSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
@@ -256,6 +257,8 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return "needs a CUDA GPU, and this machine has none"
     if isinstance(settings, LspSettings) and not context.shape.matrices:
         return "compresses matrices, and the blocks of this model have none"
+    if isinstance(settings, QloraSettings) and context.shape.family in NO_LINEAR_LAYERS:
+        return "needs linear layers for its four bits, and the blocks of this model have others; use lora"
     others = dtypes_for(engine, machine)
     instead = f"{INSTEAD}{' or '.join(others)}" if others else "; no precision is left"
     if (why := row.refuses.get(workload.dtype)) is not None:

@@ -164,3 +164,13 @@ def test_a_model_without_matrices_in_its_blocks_has_no_plan_by_lsp_alone() -> No
     found = recommend(RTX_3090, shape, Workload(batch_size=1, seq_len=128), default_engines(), {})
     refused = {plan.engine: plan.why_not for plan in found if not plan.available}
     assert refused == {"lsp": "compresses matrices, and the blocks of this model have none"}
+
+
+def test_four_bits_are_not_planned_for_layers_that_the_library_has_no_form_of() -> None:
+    """GPT-2's matrices are transformers' `Conv1D`: runs of `qlora` refuse it."""
+    workload = Workload(batch_size=1, seq_len=128)
+    (plan,) = recommend(RTX_3090, named_shape("gpt2"), workload, ["qlora"], {})
+    assert not plan.available
+    assert "linear layers" in str(plan.why_not)
+    (plan,) = recommend(RTX_3090, named_shape("opt-125m"), workload, ["qlora"], {})
+    assert plan.available
