@@ -9,7 +9,7 @@ from typing import Any
 
 from engines.settings.given import GivenSettings
 from engines.shapes import OWN_LOGITS_FAMILIES
-from profiles.planning.budget import why_missing
+from profiles.planning.budget import shortages, why_missing
 from profiles.planning.context import AS_FAST, Choice, PlanningContext
 from profiles.units import format_seconds
 
@@ -31,7 +31,21 @@ def fewest_recomputed(context: PlanningContext, given: GivenSettings) -> Choice:
     missing = context.why_missing(found.settings.typed)
     if missing is None:
         return _faster_without_graphs(context, given, _faster_in_chunks(context, given, found))
-    return _in_chunks(context, given, missing) or _without_graphs(context, given, missing) or found
+    chosen = _in_chunks(context, given, missing) or _without_graphs(context, given, missing)
+    return chosen or _nearest(context, given, found)
+
+
+def _nearest(context: PlanningContext, given: GivenSettings, found: Choice) -> Choice:
+    """Of what does not fit either way: no CUDA graphs, if less is missing without them and their pool, so
+    that nobody is told a larger shortage than there is."""
+    if "graphs" in given or not getattr(found.settings.typed, "graphs", False):
+        return found
+    plain = _fewest(context, given.completed(graphs=False))
+    lacking = [
+        sum(each.missing_bytes for each in shortages(context.cost(one.settings.typed), context.budget))
+        for one in (found, plain)
+    ]
+    return plain if lacking[1] < lacking[0] else found
 
 
 def _fewest(context: PlanningContext, given: GivenSettings) -> Choice:

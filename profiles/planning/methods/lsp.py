@@ -87,9 +87,12 @@ def _choose_for_weights(context: PlanningContext, given: GivenSettings, placed: 
     if "graphs" not in given:
         typed = given.completed(**chosen).typed
         missing = context.why_missing(typed)
-        if missing is not None and context.why_missing(replace(typed, graphs=False)) is None:
+        plain = replace(typed, graphs=False)
+        if missing is not None and context.why_missing(plain) is None:
             chosen["graphs"] = False
             reasons.append(f"graphs=false: with CUDA graphs and their pool it {missing}")
+        elif missing is not None and _missing_bytes(context, plain) < _missing_bytes(context, typed):
+            chosen["graphs"] = False  # neither fits: the smaller shortage is told
     reasons += planner.of_moments(chosen)
     published = LSP_PRESETS.get(shape.name)
     if published is not None and any(given.get(key) != value for key, value in published.items()):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_shapes import OPT_13B, measured
+from settings_given import given_for_each
 
 from engines import default_engines
 from engines.costs.resources.traffic import FREE_SHARE
@@ -174,3 +175,18 @@ def test_four_bits_are_not_planned_for_layers_that_the_library_has_no_form_of() 
     assert "linear layers" in str(plan.why_not)
     (plan,) = recommend(RTX_3090, named_shape("opt-125m"), workload, ["qlora"], {})
     assert plan.available
+
+
+@pytest.mark.parametrize("engine", ["native", "lora", "lsp"])
+def test_the_shortage_is_that_of_the_nearest_setting(engine: str) -> None:
+    """CUDA graphs' pool is no part of what a job cannot do without."""
+    shape, workload = named_shape("llama-3.1-8b"), Workload(batch_size=1, seq_len=512)
+    chosen: dict[str, str | bool] = {"weights": "resident"} if engine == "lsp" else {}
+
+    def missing(settings: dict[str, dict[str, str | bool]]) -> str | None:
+        given = given_for_each(settings)
+        (plan,) = recommend(RTX_3090, shape, workload, [engine], given, vram_bytes=16 * GB)
+        assert not plan.fits
+        return plan.why_not
+
+    assert missing({engine: chosen}) == missing({engine: {**chosen, "graphs": False}})
