@@ -108,7 +108,7 @@ class MasterWeights:
 
 def _widened(gradients: Sequence[Tensor], scale: Tensor | None) -> Sequence[Tensor]:
     """In fp32, times `scale` (1,)."""
-    if gradients[0].dtype == torch.float32:
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
         return gradients if scale is None else torch._foreach_mul(list(gradients), scale[0])
     widened = [torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients]
     torch._foreach_copy_(widened, list(gradients))
