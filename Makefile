@@ -30,11 +30,12 @@ benchmark: $(VENV)/.installed
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# What the program needs. torch comes first and alone: a machine with a CPU build at hand then keeps it.
+# What the program needs, and LoRA, which a first comparison should have. torch comes first and alone: a
+# machine with a CPU build at hand then keeps it.
 $(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch -c constraints.txt
-	$(PIP) -e . -c constraints.txt
+	$(PIP) -e '.[lora]' -c constraints.txt
 	touch $@
 
 # What its tests need beside that.
