@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines import entry
+from engines import entry, why_not_installed
 from engines.costs.transformer import model_flops
 from engines.errors import UserError
 from engines.files.reading import exists, read_bytes
@@ -78,9 +78,10 @@ def attempt(
 ) -> tuple[Run, bool]:
     """Launch `request`, keep its record in `out`, and say whether the sweep is to stop with it.
 
-    A plan that does not fit or cannot run here becomes a record without a run. Room for the record is taken
-    before the run. Raises `UserError` if there is none, if the child cannot be started, or if the record
-    cannot be written; then what the run left stays, and `take_up` makes a record of it.
+    A plan that does not fit or cannot run here, or whose library is missing, becomes a record without a run.
+    Room for the record is taken before the run. Raises `UserError` if there is none, if the child cannot be
+    started, or if the record cannot be written; then what the run left stays, and `take_up` makes a record of
+    it.
     """
     began = datetime.now(UTC).isoformat(timespec="seconds")
     about = Attempt(
@@ -92,11 +93,12 @@ def attempt(
     reserved_bytes = most_record_bytes(request.job.warmup_steps + request.job.steps)
     remedy = f"{ELSEWHERE}; a run that has ended is kept for --resume"
     with whole_file(path, remedy, reserve_bytes=reserved_bytes) as file, record_noted(out, path) as note:
-        if request.plan.fits:
+        missing = why_not_installed(request.plan.engine)
+        if request.plan.fits and missing is None:
             write_whole(work_folder(out, request.id) / ATTEMPT, to_json(about))
             outcome = launch_child(request, out, device=device, on_event=on_event)
         else:
-            outcome = _not_run(request.plan)
+            outcome = _not_run(request.plan, missing)
         run = _record(request, about, outcome)
         run = _with_governance(run, request, out, scenario, outcome.contacted)
         content = encode_run(run)
@@ -257,10 +259,13 @@ def floor_over_step(floor_s: float | None, step_s: float | None) -> float | None
     return floor_s / step_s if floor_s is not None and step_s else None
 
 
-def _not_run(plan: Plan) -> Outcome:
+def _not_run(plan: Plan, missing: str | None) -> Outcome:
+    """By its plan, or for want of a library, `missing`: no process has to be started to learn either."""
+    is_infeasible = plan.available and not plan.fits
+    reason = missing if plan.fits else plan.why_not
     return Outcome(
-        end_state="skipped_infeasible" if plan.available else "not_available",
-        end_reason=plan.why_not or "the plan does not fit",
+        end_state="skipped_infeasible" if is_infeasible else "not_available",
+        end_reason=reason or "the plan does not fit",
         samples=(),
         summary=Summary(),
         by_user=False,

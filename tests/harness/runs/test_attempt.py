@@ -115,6 +115,20 @@ def test_a_plan_that_cannot_run_is_a_record_without_a_run(
     assert ((run.end_state, run.end_reason), run.samples, by_user) == (end, (), False)
 
 
+def test_no_process_is_started_for_a_library_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "peft is not installed (pip install 'lspzo-bench[lora]')"
+    monkeypatch.setattr(harness.runs.attempt, "why_not_installed", lambda name: why)
+    run, by_user = recorded(request(), OUTCOME, tmp_path, monkeypatch)
+    assert ((run.end_state, run.end_reason), run.samples, by_user) == (("not_available", why), (), False)
+    assert run.summary == Summary()
+    # Of what does not fit either, memory is the reason.
+    unfit = request(id="b", plan=scripted_plan(fits=False, why_not="1 GB is missing"))
+    run, _ = recorded(unfit, OUTCOME, tmp_path, monkeypatch)
+    assert (run.end_state, run.end_reason) == ("skipped_infeasible", "1 GB is missing")
+
+
 def test_a_run_that_was_stopped_from_the_keyboard_is_recorded_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
