@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -400,6 +401,8 @@ def test_peaks_need_torch_and_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_starting_operations_is_timed_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the probe's own measure, here on the CPU; without CUDA, and where it fails, there is no figure."""
     assert forward_launch_s() is None
+    # Before CUDA seems to be there: what transformers imports for the model would use it.
+    importlib.import_module("transformers.models.llama.modeling_llama")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(measuring, "DEVICE", "cpu")
