@@ -275,7 +275,7 @@ def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None
     evaluation = [
         batch_of(held_out, chosen[first : first + together]) for first in range(0, evaluated, together)
     ]
-    seen = None if job.data.train == "builtin" else set(rows_in(held_out, train))
+    seen = set[int]() if job.data.train == "builtin" else set(rows_in(held_out, train))
     return Data(
         micro_batch=micro_batch,
         accumulation=job.accumulation,
@@ -285,7 +285,7 @@ def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None
         readings=tokenized.readings,
         label_names=tokenized.label_names,
         num_examples=len(train),
-        evaluated_in_training=0 if seen is None else len(seen.intersection(chosen)),
+        evaluated_in_training=len(seen.intersection(chosen)),
         is_regression=train.classes is not None and train.classes.is_floating_point(),
     )
 
