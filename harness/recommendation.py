@@ -142,10 +142,10 @@ def limits_beyond(job: Job, machine: Machine) -> list[str]:
             f"--gpus {limits.gpus} is more than this machine has: the others are taken to be like "
             f"{gpu.name}, with links of their own to one host memory"
         )
-    if job.accumulation < (ranks := limits.gpus * limits.nodes):
+    if job.accumulation < limits.ranks:
         found.append(
-            f"{ranks} processes share out the micro-batches of a step, which has {job.accumulation}: "
-            f"--accumulation {ranks} gives each one"
+            f"{limits.ranks} processes share out the micro-batches of a step, which has {job.accumulation}: "
+            f"--accumulation {limits.ranks} gives each one"
         )
     if limits.host_bytes is not None and limits.host_bytes > machine.memory.total_bytes:
         found.append(

@@ -51,8 +51,9 @@ def recommendation_text(answer: Recommendation) -> RenderableType:
         parts += [_said("How the numbers come about", bold=True), _notes_grid(lines)]
     if answer.what_if:
         parts += [_said("What if, one change at a time", bold=True), _what_if_table(answer)]
-        ranks = answer.job.limits.gpus * answer.job.limits.nodes
-        if answer.machine.gpu is not None and not goes_to_twice_as_many(answer.job.workload, ranks):
+        if answer.machine.gpu is not None and not goes_to_twice_as_many(
+            answer.job.workload, answer.job.limits.ranks
+        ):
             parts.append(
                 _said(
                     "A second GPU or machine takes micro-batches of a step, or halves of them, and "
@@ -91,7 +92,7 @@ def _notes_grid(notes: Mapping[str, Sequence[str]]) -> Table:
 def _title(answer: Recommendation) -> str:
     job, model = answer.job, answer.model
     batches = "" if job.accumulation == 1 else f", {job.accumulation} micro-batches a step"
-    gpus = job.limits.gpus * job.limits.nodes
+    gpus = job.limits.ranks
     several = "" if gpus == 1 else f"; on {gpus} GPUs"
     return (
         f"Predicted: {model.name} ({format_parameters(model.parameters)} parameters) in {job.dtype}, "

@@ -26,14 +26,9 @@ def reads(kind: DataKind) -> bool:
     return kind not in ("labelled", "questions")
 
 
-def processes_of(job: Job) -> int:
-    """One for each GPU."""
-    return job.limits.gpus * job.limits.nodes
-
-
 def accumulation_of_each(job: Job) -> int:
     """Micro-batches of each process in a step, as other programs count them; ours are those of all."""
-    return -(-job.accumulation // processes_of(job))
+    return -(-job.accumulation // job.limits.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +61,7 @@ class ChosenMethod:
 
     @property
     def processes(self) -> int:
-        return processes_of(self.job)
+        return self.job.limits.ranks
 
     @property
     def accumulation(self) -> int:

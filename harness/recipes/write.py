@@ -18,7 +18,7 @@ from engines.files.reading import exists
 from harness.data.examples import examples_of
 from harness.models.configs import NAMED_SHAPES, load_config
 from harness.recipes.axolotl import axolotl_recipe
-from harness.recipes.chosen import ChosenMethod, Recipe, accumulation_of_each, processes_of, reads
+from harness.recipes.chosen import ChosenMethod, Recipe, accumulation_of_each, reads
 from harness.recipes.deepspeed import deepspeed_recipe
 from harness.recipes.llamafactory import llamafactory_recipe
 from harness.recipes.trl import trl_recipe
@@ -69,7 +69,7 @@ def write_recipe(answer: Recommendation, stack: Stack, folder: Path) -> Written:
 
 def _of_processes(job: Job, stack: Stack) -> list[str]:
     """Where there are several: how their programs count micro-batches."""
-    processes, each = processes_of(job), accumulation_of_each(job)
+    processes, each = job.limits.ranks, accumulation_of_each(job)
     if processes == 1:
         return []
     where = f", {job.limits.gpus} on each of {job.limits.nodes} machines" if job.limits.nodes > 1 else ""

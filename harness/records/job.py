@@ -100,6 +100,11 @@ class Limits:
     nodes: Annotated[Whole, Field(ge=1), NotWhereOne] = 1
     """Machines on which the same command is started."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes of a run on all machines together."""
+        return self.gpus * self.nodes
+
 
 def _read_settings(values: dict[str, dict[str, Value]], _: ValidationInfo) -> dict[str, GivenSettings]:
     return {method: settings_of_document(engine_of(method), each) for method, each in values.items()}

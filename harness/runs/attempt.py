@@ -149,8 +149,7 @@ def take_up(out: Path) -> list[Run]:
         path = record_path(out, request.id)
         # What a trace cost and what of another machine held, the parent knew and did not say.
         whole = request.generation is None and not request.trace and request.emulated is None
-        limits = request.job.limits
-        whole = whole and limits.gpus * limits.nodes == 1  # else it is the story of one rank
+        whole = whole and request.job.limits.ranks == 1  # else it is the story of one rank
         if result is None or result.end_state != "ok" or not whole or exists(path):
             continue
         outcome = Outcome(
@@ -204,7 +203,7 @@ def _with_mfu(run: Run, request: Request, rate: MatrixRate | None) -> Summary:
     share = None
     if rate is not None and rate.device == device and request.emulated is None:
         limits = request.job.limits
-        devices = limits.gpus * limits.nodes if run.environment.gpu_name else limits.nodes
+        devices = limits.ranks if run.environment.gpu_name else limits.nodes
         share = flops / summary.step_s_median / (devices * rate.flops_per_s)
         if share > 1.0:  # the rate was measured on a busier machine than this run had: a share of nothing
             share = None

@@ -168,7 +168,7 @@ def _why_not(settings: ExternalSettings, needs: Mapping[str, Any], job: Job) -> 
     tokens = job.workload.tokens_per_step
     if settings.tokens_per_step not in (0, tokens):
         return f"takes {settings.tokens_per_step:,} tokens a step, and the job's steps have {tokens:,}"
-    if job.limits.gpus * job.limits.nodes > 1:
+    if job.limits.ranks > 1:
         return "is one process here (--gpus 1); which GPUs it uses is its own command's to say"
     if job.warmup_steps < 1:
         return "needs a warm-up step (--warmup-steps 1 or more): its start cannot be told from its first step"

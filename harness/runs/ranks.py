@@ -65,14 +65,14 @@ def places(limits: Limits, folder: Path) -> list[RankPlace]:
 
     Those of one machine meet in `folder`, where no run has met before. Raises `UserError`.
     """
-    if limits.gpus * limits.nodes == 1:
+    if limits.ranks == 1:
         return []
     node, where = 0, f"file://{(folder / MEETING).resolve()}"
     if limits.nodes > 1:
         node, where = _rendezvous(limits.nodes, os.environ)
     return [
         RankPlace(
-            rank=node * limits.gpus + local, size=limits.nodes * limits.gpus, local_rank=local,
+            rank=node * limits.gpus + local, size=limits.ranks, local_rank=local,
             local_size=limits.gpus, where=where,
         )
         for local in range(limits.gpus)
@@ -132,7 +132,7 @@ def check_gpus(limits: Limits, engines: Sequence[str] = ()) -> None:
         raise UserError(
             f"--gpus {limits.gpus}", f"this machine shows {count}", f"use --gpus {count} or fewer"
         )
-    for name in engines if limits.gpus * limits.nodes > 1 else ():
+    for name in engines if limits.ranks > 1 else ():
         if not entry(name).several_gpus:
             raise UserError(
                 f"--gpus {limits.gpus}", f"{name} runs on one GPU", "leave out --gpus and --nodes"

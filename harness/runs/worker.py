@@ -142,8 +142,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run_in(folder: Path, events: IO[str], *, peak_is_own: bool = True) -> None:
     """The request in `folder`, to its result there."""
     request = TypeAdapter(Request).validate_json((folder / REQUEST).read_bytes())
-    several = request.job.limits.gpus * request.job.limits.nodes > 1
-    place = place_of(os.environ) if several else None
+    place = place_of(os.environ) if request.job.limits.ranks > 1 else None
     if request.emulated is not None:
         limit_cpus(request.emulated.threads)
     with contacts_watched(lambda host: events.write(json.dumps({"contacted": host}) + "\n")):

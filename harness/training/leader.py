@@ -62,7 +62,7 @@ def leading(job: Job, engine_name: str, settings: Any, out: Path) -> Iterator[Wo
     At the end the others are gone, however it comes. Raises `UserError` where a rank does not come, is unlike
     this one, or ends before the run does.
     """
-    if job.limits.gpus * job.limits.nodes == 1:
+    if job.limits.ranks == 1:
         yield ALONE
         return
     with own_folder() as work:
