@@ -17,6 +17,7 @@ from profiles.advice import words
 from profiles.advice.job_time import JobForecast, are_tied
 from profiles.advice.quality import known_of_zeroth_order
 from profiles.advice.ways_out import WayOut
+from profiles.planning.context import NO_PRICE
 from profiles.planning.plan import Plan
 from profiles.planning.precisions import INSTEAD
 
@@ -191,7 +192,7 @@ def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
         found,
         key=lambda each: (
             entry(each.engine).order == "zeroth",
-            each.quality != words.NO_PRICE,
+            each.quality != NO_PRICE,
             each.plan.prediction.step_s or math.inf,
         ),
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from profiles.advice.money import Cost
+from profiles.planning.context import NO_PRICE
 from profiles.units import DAY_S, YEAR_S, format_bytes, format_seconds
 
-NO_PRICE = "none: a step is on the same sequences"
 UPGRADE_VRAM = "GPU memory"
 UPGRADE_RAM = "host memory"
 UPGRADE_GPU = "a second GPU like it, host memory shared"

@@ -30,6 +30,9 @@ BESIDE_GPU = ("h2d", "d2h", "cpu", "host memory", "disk")
 NETWORK = "network"
 """What limits a step that waits for other machines longer than it takes on its own."""
 
+NO_PRICE = "none: a step is on the same sequences"
+"""What a change costs with which a step computes the same."""
+
 GIGABIT_BYTES_PER_S = 125e6
 """What every network between workstations does at least: supposed where nobody names a rate."""
 

@@ -71,12 +71,12 @@ def largest_hidden(
     machine: Machine,
     workload: Workload,
     cost: Callable[[str], Traffic],
-    fits: Callable[[Traffic], bool],
+    fits: Callable[[str], bool],
     *,
     block_major: bool = False,
 ) -> SubspaceSizes:
-    """`cost` counts a step for a `d_by_shape`; `fits` says whether there is memory for it. `block_major`: all
-    micro-batches hide an update, and the weights may be streamed."""
+    """`cost` counts a step for a `d_by_shape`; `fits` says whether there is memory for one. `block_major`:
+    all micro-batches hide an update, and the weights may be streamed."""
     sides = sorted({(max(m.rows, m.columns), min(m.rows, m.columns)) for m in shape.matrices})
     most = MOST_WITHOUT_GPU if machine.gpu is None else SHARES
     tried: list[SubspaceSizes] = []
@@ -86,12 +86,11 @@ def largest_hidden(
             continue
         sizes = SubspaceSizes(d=d, reason="")
         tried.append(sizes)
-        costs = cost(sizes.text)
-        if not fits(costs):
+        if not fits(sizes.text):
             continue
         if machine.gpu is None:
             return replace(sizes, reason="the largest considered that fit; without a GPU nothing hides")
-        times = _block_s(costs, machine, workload)
+        times = _block_s(cost(sizes.text), machine, workload)
         least = _block_s(cost(_smallest(sides).text), machine, workload) if block_major else None
         if times is None:
             return replace(

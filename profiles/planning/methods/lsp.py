@@ -5,17 +5,17 @@ Closed forms throughout: `profiles.planning.predict`. Sizes that are considered:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from engines.costs.lsp import compresses, core_elements, core_size
 from engines.costs.resources.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
-from profiles.planning.budget import gpu_bytes_needed, shortages, why_missing
-from profiles.planning.context import BESIDE_GPU, Choice, PlanningContext, SettingChange
+from profiles.planning.budget import gpu_bytes_needed, shortages
+from profiles.planning.context import BESIDE_GPU, NO_PRICE, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
-from profiles.planning.moments import faster_moments
+from profiles.planning.moments import WORTH_SAYING, faster_moments
 from profiles.planning.recomputation import fewest_recomputed
 from profiles.planning.subspace_sizes import hides, largest_hidden, lsp_ladder
 from profiles.units import format_seconds
@@ -38,13 +38,16 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     that they leave, and that is short, makes a step faster or subspaces larger."""
     if not context.shape.matrices:
         return Choice(given)
-    found = _choose_for_weights(context, given, _weights(context, given))
+    placed = _weights(context, given)
+    found = _choose_for_weights(context, given, placed)
     settings: LspSettings = found.settings.typed
+    if placed.reasons:
+        return _with_price_of_streaming(context, given, found)
     if "weights" in given or context.machine.gpu is None or not settings.offload or settings.residual:
         return found
     again = settings.recomputed(context.shape.num_blocks, checkpointing=context.workload.checkpointing)
     has_room = not (again or (settings.graphs is False and "graphs" not in given))
-    if settings.streams or has_room:
+    if has_room:
         # Streamed, all micro-batches would hide updates, not the last alone: slower, or no faster, where it
         # was measured, as no graph starts the blocks then (engines/EXPERIMENTS.md).
         return found
@@ -60,6 +63,53 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     times = f"{format_seconds(after)} a step, else {format_seconds(before)}"
     why = f"weights=streamed: they leave more room to activations and subspaces, {times}"
     return Choice(other.settings, (why, *other.reasons))
+
+
+def _with_price_of_streaming(context: PlanningContext, given: GivenSettings, streamed: Choice) -> Choice:
+    """`streamed`, whose first reason says what memory is missing for weights on the GPU, with what a step
+    would take if there were room, and the nearest change that makes room, where a step is faster so."""
+
+    def resident(context: PlanningContext, given: GivenSettings) -> LspSettings:
+        stay = given.completed(weights="resident")
+        typed: LspSettings = _choose_for_weights(context, stay, Choice(stay)).settings.typed
+        return typed
+
+    before = context.step_s(streamed.settings.typed)
+    least = context.step_s(resident(context, given))
+    if context.why_missing(streamed.settings.typed) is not None or before is None or least is None:
+        return streamed
+    if least > WORTH_SAYING * before:
+        return streamed
+    why, *others = streamed.reasons
+    why += f"; streaming makes a step {format_seconds(before)} in place of {format_seconds(least)}"
+    for other, changed, text, price in _nearest_changes(context, given):
+        settings = resident(other, changed)
+        after = other.step_s(settings)
+        if other.why_missing(settings) is None and after is not None and after <= WORTH_SAYING * before:
+            others.append(
+                f"not chosen unless set: with {text} the weights stay on the GPU, and a step takes "
+                f"{format_seconds(after)}; price: {price}"
+            )
+            break
+    return Choice(streamed.settings, (why, *others))
+
+
+def _nearest_changes(
+    context: PlanningContext, given: GivenSettings
+) -> Iterator[tuple[PlanningContext, GivenSettings, str, str]]:
+    """Changes that leave more room on the GPU, what to type for each, and its price: first those with which a
+    step computes the same, then those of the method."""
+    work = context.workload
+    for size in range(work.batch_size - 1, 0, -1):
+        if work.batch_size % size == 0:
+            count = work.accumulation * (work.batch_size // size)
+            smaller = replace(context, workload=replace(work, batch_size=size, accumulation=count))
+            flags = f"--batch-size {size} --accumulation {context.ranks * count}"
+            yield smaller, given, flags, NO_PRICE
+    for change in WAYS_OUT:
+        if not any(key in given for key in change.values):
+            flags = " ".join(f"{key}={str(value).lower()}" for key, value in change.values.items())
+            yield context, given.completed(**change.values), flags, change.quality
 
 
 def _choose_for_weights(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:
@@ -159,7 +209,7 @@ class _Planner:
                 self.context.machine,
                 self.context.workload,
                 self.cost_by_shape,
-                self.fits_without_graphs,
+                lambda d_by_shape: self.fits_without_graphs(self._of_shapes(d_by_shape)),
                 block_major=settings.block_major,
             )
             why = f"d_by_shape={found.text}: {found.reason}"
@@ -176,7 +226,7 @@ class _Planner:
     def size(self) -> tuple[int, str]:
         """One d for all weights, and why."""
         context, ladder = self.context, lsp_ladder(self.context.shape.hidden)
-        fitting = [d for d in ladder if self.fits_without_graphs(context.cost(self._of_size(d)))]
+        fitting = [d for d in ladder if self.fits_without_graphs(self._of_size(d))]
         smallest, largest = ladder[0], (fitting or ladder[:1])[-1]
         if not fitting:
             return smallest, f"d={smallest}: the smallest considered, and it does not fit"
@@ -249,15 +299,18 @@ class _Planner:
         settings: LspSettings = self.given.completed(r=min(4, smallest)).typed
         return settings
 
-    def cost_by_shape(self, d_by_shape: str) -> Traffic:
+    def _of_shapes(self, d_by_shape: str) -> LspSettings:
         settings = self._with_r(min(sizes_by_shape(d_by_shape).values()))
-        return self.context.cost(replace(settings, d="auto", d_by_shape=d_by_shape))
+        return replace(settings, d="auto", d_by_shape=d_by_shape)
 
-    def fits_without_graphs(self, cost: Traffic) -> bool:
-        """CUDA graphs, which only save launches, give way to a larger d."""
+    def cost_by_shape(self, d_by_shape: str) -> Traffic:
+        return self.context.cost(self._of_shapes(d_by_shape))
+
+    def fits_without_graphs(self, settings: LspSettings) -> bool:
+        """CUDA graphs, which only save launches, and their pool give way to a larger d."""
         if "graphs" not in self.given:
-            cost = replace(cost, gpu_held_bytes=0)
-        return why_missing(cost, self.context.budget) is None
+            settings = replace(settings, graphs=False)
+        return self.context.why_missing(settings) is None
 
     def smallest_share(self, settings: LspSettings) -> float:
         """The smallest d over a weight's smaller dimension."""

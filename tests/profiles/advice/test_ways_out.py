@@ -17,6 +17,7 @@ from profiles.advice import words
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.ways_out import Blocked, WayOut, way_out
 from profiles.catalog import find_profile
+from profiles.planning.context import NO_PRICE
 from profiles.planning.recommend import plan_engine
 
 
@@ -83,7 +84,7 @@ def test_micro_batches_are_not_offered_where_the_engine_refuses_them() -> None:
 
 
 def test_what_costs_nothing_is_not_said_beside_what_costs_something() -> None:
-    waits, kept = "none: the backward pass waits for the CPU instead", words.NO_PRICE
+    waits, kept = "none: the backward pass waits for the CPU instead", NO_PRICE
     assert words.of_prices(()) == kept
     assert words.of_prices((waits,)) == words.of_prices((waits, kept)) == waits
     assert words.of_prices(("passes in bf16", waits, "passes in bf16")) == "passes in bf16"

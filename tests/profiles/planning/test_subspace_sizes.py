@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,11 +19,14 @@ from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
+from harness.models.configs import named_shape
+from profiles.catalog import find_profile
 from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.predict import resource_s
 from profiles.planning.recommend import recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, SHARES, Sides, size_of
+from profiles.units import format_seconds
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 AUTO = {"d": "auto"}
@@ -152,6 +157,68 @@ def test_graphs_go_off_by_themselves_where_they_do_not_fit() -> None:
     assert not asked.fits
     # Where it does not fit either way, nothing is changed.
     assert "graphs" not in plan(values=values, vram_bytes=without - 1).settings
+
+
+def test_a_d_that_fits_without_graphs_is_not_called_too_large() -> None:
+    """Their pool, 0.9 GiB here, made the planner say that d=512 did not fit, of a plan that did."""
+    found = plan(
+        named_shape("opt-6.7b"),
+        machine=find_profile(Path("l4")),
+        workload=Workload(batch_size=16, seq_len=512),
+        values={"weights": "resident"},
+    )
+    assert (found.fits, found.settings["graphs"]) == (True, False)
+    assert int(found.settings["d"]) > 2048
+    assert not any("does not fit" in each for each in found.reasons)
+
+
+def test_the_price_of_streaming_and_the_nearest_way_out_of_it_are_told() -> None:
+    machine, shape = find_profile(Path("rtx-4090")), named_shape("llama-3.1-8b")
+    work = Workload(batch_size=1, seq_len=512)
+
+    def of(**values: object) -> Plan:
+        return plan(shape, machine=machine, workload=work, values=values)
+
+    streamed, resident, frozen = of(), of(weights="resident"), of(train_outer=False)
+    assert (streamed.settings["weights"], resident.fits, frozen.fits) == ("streamed", False, True)
+    assert "weights" not in frozen.settings
+    step_s, least_s, other_s = (each.prediction.step_s for each in (streamed, resident, frozen))
+    assert step_s is not None
+    assert least_s is not None
+    assert other_s is not None
+    assert step_s > 3 * other_s
+    price = f"makes a step {format_seconds(step_s)} in place of {format_seconds(least_s)}"
+    assert streamed.reasons[0].endswith(f"MiB missing; streaming {price}")
+    (told,) = [each for each in streamed.reasons if each.startswith("not chosen unless set: with")]
+    assert (
+        f"with train_outer=false the weights stay on the GPU, and a step takes {format_seconds(other_s)};"
+        in told
+    )
+    # What the user has set is not proposed otherwise.
+    assert not any("the weights stay" in each for each in of(train_outer=True).reasons)
+
+
+def test_micro_batches_that_leave_room_for_the_weights_are_told_before_what_costs_quality() -> None:
+    shape, work = named_shape("opt-6.7b"), Workload(batch_size=4, seq_len=512)
+    of = partial(plan, shape, machine=find_profile(Path("rtx-4090")), values={"checkpointed_blocks": "all"})
+    for vram_bytes in range(14 * GB, 18 * GB, GB // 8):
+        found = of(workload=work, vram_bytes=vram_bytes)
+        told = [each for each in found.reasons if "--batch-size" in each]
+        if told:
+            break
+    assert found.settings["weights"] == "streamed"
+    (size, count) = (
+        int(told[0].split()[told[0].split().index(flag) + 1]) for flag in ("--batch-size", "--accumulation")
+    )
+    assert size * count == 4
+    assert told[0].endswith("price: none: a step is on the same sequences")
+    smaller = of(workload=replace(work, batch_size=size, accumulation=count), vram_bytes=vram_bytes)
+    assert smaller.fits
+    assert "weights" not in smaller.settings
+    assert smaller.prediction.step_s is not None
+    assert found.prediction.step_s is not None
+    assert f"a step takes {format_seconds(smaller.prediction.step_s)};" in told[0]
+    assert smaller.prediction.step_s < found.prediction.step_s
 
 
 def test_graphs_are_counted_only_where_there_are_any() -> None:
