@@ -118,7 +118,7 @@ INSIDE_FUNCTIONS = {
     "engines.subspace.projector -> engines.subspace.projector_kernels": _TRITON,
     "engines.transfer.throttle -> engines.transfer.throttle_kernels": _TRITON,
     "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
-    "engines.zeroth_order.perturbed_model -> engines.kernels.paired_layer_norm": _TRITON,
+    "engines.zeroth_order.unit_forward -> engines.kernels.paired_layer_norm": _TRITON,
     "profiles.probe.adam -> engines.cpu_updates.adamw": _PROBED,
     "profiles.probe.adam -> engines.cpu_updates.cpu_adam": _PROBED,
     "profiles.probe.adam -> engines.cpu_updates.cpu_threads": _PROBED,

@@ -2,19 +2,17 @@
 
 Inside the blocks both forward passes run stacked: the first half of the batch belongs to theta + eps z, the
 second to theta - eps z. What has no weights (attention, residuals, activations) is computed once for both;
-a module with weights (a *unit*) computes its first half with one set and its second half with the other.
-Its perturbed weights are made in a scratch memory when it is called, from theta, by one pass over it
-(`engines.noise.weight_pass.visit`), and the next unit's take their place. So the GPU holds, beside theta, the
-perturbed weights of the largest unit; and theta itself is needed only for that pass, from wherever it is kept
-(`Source`).
+a module with weights (a *unit*) computes its first half with one set and its second half with the other
+(`engines.zeroth_order.unit_forward`). Its perturbed weights are made in a scratch memory when it is called,
+from theta, by one pass over it (`engines.noise.weight_pass.visit`), and the next unit's take their place. So
+the GPU holds, beside theta, the perturbed weights of the largest unit; and theta itself is needed only for
+that pass, from wherever it is kept (`Source`).
 
 Outside the blocks (embeddings, final norm, head) a model does anything: there each pass runs by itself, by
 the model's own forward, between the same modules. Embeddings perturb the rows that are looked up and no
 others.
 
 No model code is copied: a unit is the model's own module, whose forward is replaced on the instance.
-
-Longer than 400 lines: the model's entrance, its blocks and its end share which side is being computed.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Update
-from engines.kernels import triton_launch
 from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import (
     BlockCall,
@@ -36,7 +33,6 @@ from engines.model.blocks import (
     bind,
     find_blocks,
     first_names,
-    hidden_state_of,
     move_buffers,
     to_device,
 )
@@ -49,14 +45,15 @@ from engines.noise.visits import Outputs, Visit
 from engines.quantized.block_form import BlockForm
 from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task
-from engines.zeroth_order.chunked_loss import Targets, multiply, plain_head, targets_of
+from engines.zeroth_order.chunked_loss import Targets, plain_head, targets_of
 from engines.zeroth_order.estimators import Side
 from engines.zeroth_order.example_noise import ExampleLosses, ExampleNoise
-from engines.zeroth_order.lora import Adapters, columns_first, is_linear
+from engines.zeroth_order.lora import Adapters
 from engines.zeroth_order.low_rank_noise import LowRank
-from engines.zeroth_order.paired_batch import Apart, halved, join_calls, stack
+from engines.zeroth_order.paired_batch import join_calls
 from engines.zeroth_order.perturbed_weights import BlockScratch
-from engines.zeroth_order.units import ModuleUnit, block_units, has_no_bias, places_in, swapped, without_bias
+from engines.zeroth_order.unit_forward import StackedBatch, UnitForward
+from engines.zeroth_order.units import block_units, has_no_bias, places_in, swapped, without_bias
 
 GRAPH_SCRATCH_BYTES = 400_000_000
 """Scratch for the perturbed weights of a whole block up to which blocks are run as CUDA graphs. A larger
@@ -114,8 +111,7 @@ class PerturbedModel:
         model.eval()
         self.transformer = model
         self._driver = BlockDriver(model)
-        self._stacked = 0
-        """Rows of the batch, both sides together."""
+        self._batch = StackedBatch()
         block_path, _ = find_blocks(model)
         names = {place.rpartition(".")[::2]: name for place, name in places.items()}
         owners = {path: module for path, module in model.named_modules() if module._parameters}
@@ -139,7 +135,9 @@ class PerturbedModel:
         adapted = adapters.install(model)
         for unit in units:
             unit.adapted = not adapted.isdisjoint(unit.module.modules())
-            unit.module.forward = self._block_forward(unit)
+            unit.module.forward = UnitForward(
+                unit, self.scratch, adapters, self._batch, device, is_block=unit.block in self._apart
+            )
         for path, module in owners.items():
             if not path.startswith(f"{block_path}."):
                 module.forward = self._non_block_forward(path, module, names)
@@ -256,7 +254,7 @@ class PerturbedModel:
         return self._run_eagerly(index, calls[index], hidden)
 
     def _run_eagerly(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
-        self._stacked = hidden.shape[0]
+        self._batch.rows = hidden.shape[0]
         return self._driver.run(index, call, hidden)
 
     def losses(self, batch: Prepared, hidden: Tensor, how: Visit, sides: Sequence[Side]) -> Sequence[Tensor]:
@@ -329,80 +327,6 @@ class PerturbedModel:
             yield
         finally:
             self._in_tail = False
-
-    def _block_forward(self, unit: ModuleUnit) -> Callable[..., Any]:
-        """How a unit's module runs in a visit: on one side, or on both, which the batch has stacked. Products
-        and norms take both in one go; anything else runs once for each side."""
-        module = unit.module
-        original = module.forward
-        scratch = self.scratch
-        turned = columns_first(module)
-        is_block = unit.block in self._apart
-
-        def single(*args: Any, **kwargs: Any) -> Any:
-            with unit.with_side(0):
-                return original(*args, **kwargs)
-
-        def both(*args: Any, **kwargs: Any) -> Any:
-            results = []
-            for side in (0, 1):
-                # Frozen weights are in the scratch of the plus side only.
-                alike = unit.frozen or not scratch.stacks
-                with unit.with_side(0 if alike else side), self.adapters.on_side(side):
-                    mine = halved((args, kwargs), self._stacked, side)
-                    result = original(*mine[0], **mine[1])
-                    results.append(hidden_state_of(result) if is_block else result)
-            return stack(results, self._stacked)
-
-        def product(x: Tensor) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1])
-            half = flat.shape[0] // 2
-            first = unit.weights[0][0]
-            width = first.shape[1] if turned else first.shape[0]
-            out = torch.empty((flat.shape[0], width), dtype=first.dtype, device=flat.device)
-            halves = ((0, slice(None, half)), (1, slice(half, None)))
-            (of_both if unit.adapted else of_each)(flat, out, halves)
-            return out.view(*x.shape[:-1], width)
-
-        def of_both(flat: Tensor, out: Tensor, halves: Sequence[tuple[int, slice]]) -> None:
-            """One product for both sides, which differ in the bias and in what stands beside."""
-            assert isinstance(self.adapters, LowRank)
-            first = unit.weights[0][0]
-            multiply(flat, first if turned else first.t(), None, out)
-            for side, rows in halves:
-                out[rows] += unit.weights[side][1]
-            self.adapters.add(module, flat, out)
-
-        def of_each(flat: Tensor, out: Tensor, halves: Sequence[tuple[int, slice]]) -> None:
-            for side, rows in halves:
-                weight = unit.weights[side][0] if turned else unit.weights[side][0].t()
-                bias = unit.weights[side][1] if len(unit.weights[side]) > 1 else None
-                multiply(flat[rows], weight, bias, out[rows])
-
-        is_product = is_linear(module) and unit.has_weight_and_bias_only
-
-        def norm(x: Tensor) -> Tensor:
-            from engines.kernels import paired_layer_norm
-
-            (weight, bias), (other_weight, other_bias) = unit.weights
-            assert isinstance(module, nn.LayerNorm)
-            return paired_layer_norm.layer_norm(x, (weight, bias), (other_weight, other_bias), module.eps)
-
-        is_norm = unit.is_layer_norm and self.device.type == "cuda" and triton_launch.has_triton()
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            scratch.open(unit)
-            if is_block and any(isinstance(each, Apart) for each in (*args, *kwargs.values())):
-                return both(*args, **kwargs)
-            if not scratch.stacks or (unit.frozen and not unit.adapted):
-                return single(*args, **kwargs)
-            if is_norm and args and args[0].shape[0] % self._stacked == 0:
-                return norm(args[0])
-            if is_product and args[0].shape[0] % self._stacked == 0 and args[0].dim() > 1:
-                return single(args[0]) if unit.frozen else product(args[0])
-            return both(*args, **kwargs)
-
-        return forward
 
     def _non_block_forward(
         self, path: str, module: nn.Module, names: Mapping[tuple[str, str], str]
