@@ -117,7 +117,7 @@ INSIDE_FUNCTIONS = {
     "engines.subspace.apply -> engines.subspace.projector_kernels": _TRITON,
     "engines.subspace.projector -> engines.subspace.projector_kernels": _TRITON,
     "engines.transfer.throttle -> engines.transfer.throttle_kernels": _TRITON,
-    "engines.zeroth_order.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
+    "engines.zeroth_order.low_rank.low_rank_noise -> engines.noise.low_rank_kernels": _TRITON,
     "engines.zeroth_order.unit_forward -> engines.kernels.paired_layer_norm": _TRITON,
     "profiles.probe.adam -> engines.cpu_updates.adamw": _PROBED,
     "profiles.probe.adam -> engines.cpu_updates.cpu_adam": _PROBED,
@@ -466,7 +466,7 @@ NAMED = {
                 "engines.model.flat_layout",
                 "engines.settings.zeroth_order",
                 "engines.zeroth_order.checkpoint",
-                "engines.zeroth_order.lora",
+                "engines.zeroth_order.low_rank.lora",
                 "profiles.planning.methods.mezo",
             )
         ),

@@ -18,7 +18,7 @@ new, so the bits do not depend on `fold_every`.
 Blocks that host memory has no room for are on disk (`engines.offload.disk`), and are never written there
 while they train: their updates stay in the log and are replayed from the base at every visit, on a low-bit
 one rounding by rounding. When the log is full, after `LOG_CAPACITY` updates, or a window of
-`engines.zeroth_order.low_rank_noise` ends, they are folded into a second file. A base that is only read needs
+`engines.zeroth_order.low_rank` ends, they are folded into a second file. A base that is only read needs
 no more than that.
 
 Ranks of one machine have the blocks on its host once, and divide the writing: a block goes down by one of
@@ -78,7 +78,7 @@ from engines.transfer.engine_clocks import Clocks
 from engines.world import Alone, divide
 from engines.zeroth_order.block_visit import BlockMemory, Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
-from engines.zeroth_order.low_rank_noise import LowRank
+from engines.zeroth_order.low_rank.low_rank_noise import LowRank
 from engines.zeroth_order.perturbed_model import PerturbedModel
 from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
 

@@ -129,7 +129,7 @@ def _trained(
     model: nn.Module, train: str, shapes: Iterable[str], used: Sequence[Sequence[str]]
 ) -> frozenset[str]:
     """`last:N` means the last N blocks and what is outside the blocks, but for embeddings; with `lora` no
-    tensor of the model itself is trained (`engines.zeroth_order.lora`)."""
+    tensor of the model itself is trained (`engines.zeroth_order.low_rank.lora`)."""
     if train == "all":
         return frozenset(shapes)
     if train == "lora":

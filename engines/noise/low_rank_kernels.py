@@ -1,6 +1,7 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # The compiler of Triton takes annotations of kernels for code, so kernels have none.
-"""Triton kernel of `engines.zeroth_order.low_rank_noise.add_low_rank`, bit for bit the same arithmetic.
+"""Triton kernel of `engines.zeroth_order.low_rank.low_rank_noise.add_low_rank`, bit for bit the same
+arithmetic.
 Imported only where Triton is there."""
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class MezoSettings:
     curvature along z, for which the loss is taken once without a perturbation; `fzoo` (2506.09034) takes it
     from one side, and divides by the standard deviation of the losses: its learning rates are in units of
     their own. `lozo` (2410.07698) is `spsa` with low-rank noise on the matrices of the blocks, which are only
-    read until its window ends (`engines.zeroth_order.low_rank_noise`). `grzo` (2606.02857) has a direction
+    read until its window ends (`engines.zeroth_order.low_rank.lozo`). `grzo` (2606.02857) has a direction
     for each example, of rank one there, in the two forward passes that `spsa` takes for one: from both sides,
-    divided by the standard deviation of the differences (`engines.zeroth_order.example_noise`)."""
+    divided by the standard deviation of the differences (`engines.zeroth_order.low_rank.example_noise`)."""
     lozo_rank: int = 4
     lozo_window: int = 50
     """Steps for which one factor of the noise is kept. Then what they add up to is added to the weights."""

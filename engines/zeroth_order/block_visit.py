@@ -66,7 +66,7 @@ class Task:
     plus_only: bool = False
     """Where it is perturbed: the plus side's pass alone."""
     ends_window: int | None = None
-    """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank_noise`), which
+    """Window whose low-rank sum is added to the matrices (`engines.zeroth_order.low_rank`), which
     `store` then keeps."""
 
 

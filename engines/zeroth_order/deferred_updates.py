@@ -8,7 +8,7 @@ low-bit base are rounded to their values at the times of the schedule and at no 
 stored: before step t those of the blocks that `engines.costs.zo2.folds` names, after all updates of steps
 before t. In between a visit applies their updates in fp32. So a run has the same bits on the GPU and on the
 host, whether it is evaluated or not, and when its log is replayed. Where matrices are low-bit and not trained
-themselves (adapters, `engines.zeroth_order.low_rank_noise`) there is no such schedule: what is trained is
+themselves (adapters, `engines.zeroth_order.low_rank`) there is no such schedule: what is trained is
 full (`engines.settings.zeroth_order.MezoSettings.trains_quantized`).
 """
 

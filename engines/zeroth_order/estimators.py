@@ -17,12 +17,12 @@ queries of a step, so the engines differ in nothing but this file:
            units of their own, about eps times those of normalised SGD.
 
     lozo   as spsa, z_i being of rank r on the matrices of the blocks
-           (`engines.zeroth_order.low_rank_noise`): LOZO, arXiv 2410.07698.
+           (`engines.zeroth_order.low_rank.lozo`): LOZO, arXiv 2410.07698.
 
     grzo   g_i = delta_i / (2 eps sigma), delta_i = (loss_i(theta + eps z_i) - loss_i(theta - eps z_i)) / 2
-           of example i with a direction of its own (`engines.zeroth_order.example_noise`), sigma being the
-           standard deviation of the delta_i (with B - 1): GRZO, arXiv 2606.02857. 2 forward passes for B
-           directions. Normalised as FZOO's step is.
+           of example i with a direction of its own (`engines.zeroth_order.low_rank.example_noise`), sigma
+           being the standard deviation of the delta_i (with B - 1): GRZO, arXiv 2606.02857. 2 forward passes
+           for B directions. Normalised as FZOO's step is.
 
     theta <- theta - lr (mean of the g_i z_i + wd theta)
 

@@ -47,9 +47,9 @@ from engines.transfer.compute_clock import ComputeClock
 from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.chunked_loss import Targets, plain_head, targets_of
 from engines.zeroth_order.estimators import Side
-from engines.zeroth_order.example_noise import ExampleLosses, ExampleNoise
-from engines.zeroth_order.lora import Adapters
-from engines.zeroth_order.low_rank_noise import LowRank
+from engines.zeroth_order.low_rank.example_noise import ExampleLosses, ExampleNoise
+from engines.zeroth_order.low_rank.lora import Adapters
+from engines.zeroth_order.low_rank.low_rank_noise import LowRank
 from engines.zeroth_order.paired_batch import join_calls
 from engines.zeroth_order.perturbed_weights import BlockScratch
 from engines.zeroth_order.unit_forward import StackedBatch, UnitForward

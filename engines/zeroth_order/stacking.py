@@ -5,8 +5,8 @@ block treats the rows of its inputs alike, and computes with no weights but its 
 sort tokens, attention with biases for each head and layers that read the weights of others do not; their
 blocks run for one side after the other, with all of their weights perturbed at once.
 
-Directions of each example (`engines.zeroth_order.example_noise`) take more for granted: that in every linear
-layer of a block a sequence's rows lie together, in the order of the sequences, as many of each.
+Directions of each example (`engines.zeroth_order.low_rank.example_noise`) take more for granted: that in
+every linear layer of a block a sequence's rows lie together, in the order of the sequences, as many of each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engines.errors import UserError
 from engines.model.blocks import BlockCall, BlockDriver, find_blocks, first_names
 from engines.model.model_check import FAILURES, close_to
 from engines.model.stand_ins import on_stand_ins
-from engines.zeroth_order.lora import is_linear
+from engines.zeroth_order.low_rank.linear_matrices import is_linear
 from engines.zeroth_order.paired_batch import halved, join_calls, stack
 from engines.zeroth_order.units import ModuleUnit, block_units, swapped
 

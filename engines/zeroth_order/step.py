@@ -27,15 +27,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats, Update
 from engines.decoding import Decoded, GenerationRequest
-from engines.errors import UserError
 from engines.lossless.whole_matrices import names_of_ranks
 from engines.model.blocks import TORCH_DTYPE
 from engines.model.evaluation import EvaluationSum
-from engines.model.flat_layout import ModelLayout, lay_out
+from engines.model.flat_layout import lay_out
 from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
 from engines.model.waiting_states import States
@@ -50,11 +49,10 @@ from engines.zeroth_order.block_visit import Source, Task
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, of_all_examples, probes
-from engines.zeroth_order.example_noise import ExampleNoise
 from engines.zeroth_order.forward_passes import Streams, each_over_ranks, mean_over_ranks
 from engines.zeroth_order.generation import generate_tokens
-from engines.zeroth_order.lora import Adapters
-from engines.zeroth_order.low_rank_noise import LowRank, Lozo, window_due
+from engines.zeroth_order.low_rank.low_rank_noise import window_due
+from engines.zeroth_order.low_rank.make import make_adapters
 from engines.zeroth_order.perturbed_model import PerturbedModel
 from engines.zeroth_order.stacking import blocks_apart, check_rows_of_sequences
 
@@ -219,7 +217,7 @@ class ZerothOrder(ABC):
         if self.settings.estimator == "grzo":
             check_rows_of_sequences(blueprint, self.context)
         give_back(self.device)
-        adapters, self._layout = beside(
+        adapters, self._layout = make_adapters(
             blueprint.model,
             lay_out(blueprint.model, self._dtype, self.settings.train),
             self.settings,
@@ -534,36 +532,3 @@ class ZerothOrder(ABC):
     def close(self) -> None:
         if self._blocks is not None:
             self._blocks.close()
-
-
-def beside(
-    model: nn.Module,
-    layout: ModelLayout,
-    settings: MezoSettings,
-    dtype: torch.dtype,
-    device: torch.device,
-    context: Context,
-) -> tuple[Adapters | LowRank, ModelLayout]:
-    """What stands beside the layers of the blocks, and the layout of the weights that it leaves to train."""
-    if settings.noise_window is None:
-        return Adapters(model, layout, settings, dtype, device, context.seed), layout
-    low_rank: LowRank
-    if settings.estimator == "lozo":
-        low_rank = Lozo(model, layout, settings, dtype, device)
-    else:
-        examples = context.workload.examples_per_step
-        low_rank = ExampleNoise(model, layout, settings, dtype, device, examples)
-    left = low_rank.layout(layout)
-    others = [
-        part.names[0]
-        for block in left.blocks
-        for part in block.own_parts
-        if part.trained and part.segment.decays[0]
-    ]
-    if settings.is_quantized and others:
-        raise UserError(
-            type(model).__name__,
-            f"has trained matrices that are not of linear layers ('{others[0]}')",
-            f"use base=full with estimator={settings.estimator}, or estimator=spsa",
-        )
-    return low_rank, left

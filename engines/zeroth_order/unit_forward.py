@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from engines.kernels import triton_launch
 from engines.model.blocks import hidden_state_of
 from engines.zeroth_order.chunked_loss import multiply
-from engines.zeroth_order.lora import Adapters, columns_first, is_linear
-from engines.zeroth_order.low_rank_noise import LowRank
+from engines.zeroth_order.low_rank.linear_matrices import columns_first, is_linear
+from engines.zeroth_order.low_rank.lora import Adapters
+from engines.zeroth_order.low_rank.low_rank_noise import LowRank
 from engines.zeroth_order.paired_batch import Apart, halved, stack
 from engines.zeroth_order.perturbed_weights import BlockScratch
 from engines.zeroth_order.units import ModuleUnit

@@ -20,7 +20,7 @@ from engines.methods.zo2 import Zo2
 from engines.noise.philox import NoiseKey, normal
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import Dtype, Workload
-from engines.zeroth_order.lora import columns_first
+from engines.zeroth_order.low_rank.linear_matrices import columns_first
 from engines.zeroth_order.step import EVALUATION_GROUP
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 

@@ -34,8 +34,8 @@ from engines.noise.philox import NoiseKey, normal
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import Dtype
-from engines.zeroth_order.lora import is_linear
-from engines.zeroth_order.low_rank_noise import add_low_rank
+from engines.zeroth_order.low_rank.linear_matrices import is_linear
+from engines.zeroth_order.low_rank.low_rank_noise import add_low_rank
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 
 LOZO = MezoSettings(learning_rate=1e-3, estimator="lozo", lozo_rank=2, lozo_window=3)
@@ -281,7 +281,7 @@ def test_a_fold_does_not_depend_on_its_pieces(chunk: int) -> None:
     whole, pieces = weight.clone(), weight.clone()
     add_low_rank(whole, rows, columns, key, stochastic=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engines.zeroth_order.low_rank_noise.FOLD_CHUNK", chunk * tiles.TILE)
+        patch.setattr("engines.zeroth_order.low_rank.low_rank_noise.FOLD_CHUNK", chunk * tiles.TILE)
         add_low_rank(pieces, rows, columns, key, stochastic=True)
     assert torch.equal(whole, pieces)
 

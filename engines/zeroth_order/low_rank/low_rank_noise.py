@@ -1,38 +1,8 @@
-"""LOZO: zeroth-order fine-tuning with low-rank noise (arXiv 2410.07698), on weights that are only read.
+"""Low-rank noise beside the linear layers of the blocks, whose weights are only read until a window ends.
 
-For each matrix W (m, n) of a linear layer in the blocks, in step t with its window w = t div nu:
-
-    z = U_t V_w^T      U_t (m, r) ~ N(0, 1) anew in each step, V_w (n, r) ~ N(0, 1) for nu steps
-    g = (loss(theta + eps z) - loss(theta - eps z)) / (2 eps)
-    W <- W - lr g z / r                                    the estimate of the paper: E z z^T = r I
-
-Within a window all updates of W have V_w in common, so their sum is A V_w^T / r with A = - sum lr g U_t, an
-(m, r) accumulator in fp32. W itself stays as it was:
-
-    y = x W^T + (x V_w) (A / r +- eps U_t)^T
-
-one product with W for both sides, and rank-r products beside it. There is no perturbed copy of a matrix, no
-noise of a matrix's size and nothing to send down. On the first visit of the next window A V_w^T / r is added
-to W, rounded stochastically as all updates are, and W then goes down once.
-
-Everything else (biases, norms, embeddings, the head, experts) takes Gaussian noise as in MeZO. In the blocks
-its updates stay in the log until the window ends.
-
-On the GPU, beside what MeZO has there: A of all blocks, and V, U and A in the weights' precision of one.
-
-Deviations from the paper:
-- The embeddings and the head have Gaussian noise of full rank, since they are on the GPU anyway.
-- There is no momentum.
-- A is rounded to the weights' precision where it is multiplied with (as V and eps U are), and not where it is
-  added up.
-
-A low-bit base (`engines.quantized.codec`) is written likewise when a window ends: the sum is rounded to its
-grid, once in so many steps.
-
-`LowRank` is what `engines.zeroth_order.example_noise` has in common with it: forwards of layers,
-windows, what is added to weights, and checkpoints.
-
-Longer than 400 lines: layout, windows and weights of low-rank noise are one thing.
+What the estimators have in common that draw such noise (`engines.zeroth_order.low_rank.lozo`, one direction a
+matrix; `engines.zeroth_order.low_rank.example_noise`, one an example), in the notation of the first: forwards
+of layers, windows, what is added to weights when one ends, and checkpoints.
 """
 
 from __future__ import annotations
@@ -56,7 +26,9 @@ from engines.noise.visits import Outputs, Visit
 from engines.quantized import quantized_pass
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task, without_updates
-from engines.zeroth_order.lora import MINUS, PLAIN, LinearMatrix, TwoSided, linear_matrices
+from engines.zeroth_order.low_rank.linear_matrices import LinearMatrix, linear_matrices
+from engines.zeroth_order.low_rank.matrix_rows import BlockRows, MatrixRows
+from engines.zeroth_order.low_rank.sides import TwoSided
 
 FOLD_CHUNK = 512 * TILE
 """Elements that are folded at a time by torch operations."""
@@ -88,88 +60,11 @@ class _Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the matrices of a block have so many rows each, of their outputs or of their inputs, in flat
-    memory: one matrix after the other, or a row of all of them after the other (`together`)."""
-
-    sizes: Sequence[int]
-    """Elements in a row of each matrix."""
-    rows: int
-    grid: int
-    """Elements that each matrix begins at a multiple of."""
-    together: bool
-
-    @property
-    def width(self) -> int:
-        """Of a row of all matrices."""
-        return sum(_up(size, self.grid) for size in self.sizes)
-
-    @property
-    def size(self) -> int:
-        """Elements of the memory."""
-        if self.together:
-            return self.rows * self.width
-        return sum(_up(self.rows * size, self.grid) for size in self.sizes)
-
-    def start(self, matrix: int) -> int:
-        rows = 1 if self.together else self.rows
-        return sum(_up(rows * size, self.grid) for size in self.sizes[:matrix])
-
-    def view(self, flat: Tensor, matrix: int, start: int = 0) -> Tensor:
-        """(rows, elements) of a matrix in `flat`, whole memory of which the block's begins at `start`."""
-        size = self.sizes[matrix]
-        stride = self.width if self.together else size
-        return flat.as_strided((self.rows, size), (stride, 1), start + self.start(matrix))
-
-    def segment(self, numbers: Sequence[int], rows: int, start: int = 0) -> Segment:
-        """The last `rows` rows as noise of `numbers`, one for each matrix, or one for all `together`."""
-        if not self.sizes:
-            return Segment([], [], [], [])
-        if self.together:
-            counts, begins = [rows * self.width], [(self.rows - rows) * self.width]
-        else:
-            counts = [rows * size for size in self.sizes]
-            begins = [self.start(k) + (self.rows - rows) * size for k, size in enumerate(self.sizes)]
-        return Segment(numbers, [start + begin for begin in begins], counts, [False] * len(counts))
-
-
-@dataclass(frozen=True, slots=True)
-class _BlockPlaces:
-    """Where what the matrices of a block have lies, in memory of its visit or in that of all blocks."""
-
-    u: _Place
-    """U, and the accumulators."""
-    v: _Place
-    both: _Place
-    """What stands beside products: the accumulators' rows, then those of U."""
-    u_alone: _Place
-    v_alone: _Place
-    """While a window is folded: one matrix after the other, however their noise is drawn."""
-
-    @staticmethod
-    def of(matrices: Sequence[LinearMatrix], rank: int, grid: int, together: bool) -> _BlockPlaces:
-        outputs, inputs = ([found.sizes[which] for found in matrices] for which in (0, 1))
-        return _BlockPlaces(
-            u=_Place(outputs, rank, grid, together),
-            v=_Place(inputs, rank, grid, together),
-            both=_Place(outputs, 2 * rank, grid, together),
-            u_alone=_Place(outputs, rank, grid, together=False),
-            v_alone=_Place(inputs, rank, grid, together=False),
-        )
-
-    def drawn_v(self, matrix: int, number: int) -> tuple[int, int, int]:
-        """`_Matrix.drawn_v` of one whose V is drawn with that `number`."""
-        if self.v.together:
-            return number, self.v.size, self.v.start(matrix)
-        return number, self.v.rows * self.v.sizes[matrix], 0
-
-
-@dataclass(frozen=True, slots=True)
 class _Block:
     """The matrices with low-rank noise of a block; none where it has no such."""
 
     matrices: Sequence[_Matrix]
-    places: _BlockPlaces
+    places: BlockRows
     v_noise: Segment
     """All of the V memory as noise."""
     u_noise: Segment
@@ -219,13 +114,11 @@ class LowRank(TwoSided):
                 type(model).__name__, "has no linear layer in its trained blocks", "use estimator=spsa"
             )
         places = [
-            _BlockPlaces.of(
-                list(block.values()), rank, ALIGNMENT_BYTES // dtype.itemsize, self.noise_together
-            )
+            BlockRows.of(list(block.values()), rank, ALIGNMENT_BYTES // dtype.itemsize, self.noise_together)
             for block in shapes
         ]
 
-        def room(of: Iterable[_Place], kind: torch.dtype) -> Tensor:
+        def room(of: Iterable[MatrixRows], kind: torch.dtype) -> Tensor:
             return torch.zeros(max(each.size for each in of), dtype=kind, device=device)
 
         elements = sum(each.u.size for each in places)
@@ -266,7 +159,7 @@ class LowRank(TwoSided):
     def _matrices(
         self,
         block: Mapping[str, LinearMatrix],
-        place: _BlockPlaces,
+        place: BlockRows,
         numbers: Sequence[int],
         start: int,
         folded: tuple[Tensor, Tensor],
@@ -387,62 +280,6 @@ class LowRank(TwoSided):
         return torch.where(change == 0, weight, (weight.float() + change).to(weight.dtype))
 
 
-class Lozo(LowRank):
-    """LOZO: all of a step's noise of a matrix is one U_t V_w^T."""
-
-    suffix = "lozo"
-    noise_together = False
-    num_sides = 2
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: ModelLayout,
-        settings: MezoSettings,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        rank = settings.lozo_rank
-        super().__init__(model, layout, settings, dtype, device, rank, 1 / rank)
-        self.numbers = {f"{name}.lozo": matrix.u_number for name, matrix in self._by_name.items()}
-        of_blocks = [
-            block.places.u.segment([matrix.u_number for matrix in block.matrices], rank, block.start)
-            for block in self._blocks
-        ]
-        self._segment = Segment(
-            [number for each in of_blocks for number in each.numbers],
-            [offset for each in of_blocks for offset in each.offsets],
-            [count for each in of_blocks for count in each.counts],
-            [False for each in of_blocks for _ in each.counts],
-        )
-
-    def add(self, module: nn.Module, x: Tensor, out: Tensor) -> None:
-        matrix = self._by_module[module]
-        inner = x @ matrix.v.t()
-        inner = torch.cat((inner, inner), 1)
-        for side, rows in self.spans(x.shape[0]):
-            out[rows].addmm_(inner[rows], matrix.sides[side == MINUS])
-
-    def begin(self, block: int, task: Task) -> None:
-        self.take_side(task)
-        here = self._blocks[block]
-        if not here.matrices:
-            return
-        how = without_updates(task.how)
-        for memory in (self._v, *self._sides):
-            memory.zero_()
-        self._make_v(block, self._window_of(task), how)
-        for matrix in here.matrices:
-            for side in matrix.sides[: 1 if self._now == PLAIN else 2]:
-                torch.mul(matrix.accumulator, self._scale, out=side[: self._rank])
-        if task.perturb:
-            plus, minus = self._sides
-            weight_pass.visit(plus, here.u_noise, how, Outputs(plus=plus, minus=minus))
-
-    def update(self, how: Visit, of_examples: Sequence[Update] = ()) -> None:
-        weight_pass.visit(self._flat, self._segment, how, Outputs(theta=self._flat))
-
-
 def window_due(settings: MezoSettings, step: int) -> int | None:
     """Window that is to be folded before `step` perturbs anything; `None`: none is."""
     window = settings.noise_window
@@ -476,7 +313,3 @@ def add_low_rank(weight: Tensor, rows: Tensor, columns: Tensor, key: NoiseKey, *
             bits = philox.dither_bits(key, chunk.numel(), weight.device, start)
             moved = weight_pass.dither(moved, bits, weight.dtype)
         chunk.copy_(moved)
-
-
-def _up(count: int, grid: int) -> int:
-    return -(-count // grid) * grid

@@ -13,16 +13,13 @@ its block has one adapter; one that is also used elsewhere has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from engines.base import Update
 from engines.errors import UserError
-from engines.model.blocks import first_names
 from engines.model.flat_layout import ALIGNMENT_BYTES, BlockLayout, ModelLayout
 from engines.noise import philox, weight_pass
 from engines.noise.philox import NoiseKey
@@ -31,85 +28,11 @@ from engines.noise.visits import Outputs, Visit
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task, without_updates
 from engines.zeroth_order.checkpoint import LoraForm
+from engines.zeroth_order.low_rank.linear_matrices import linear_matrices
+from engines.zeroth_order.low_rank.sides import MINUS, PLAIN, PLUS, TwoSided
 
 START_STEP = 2**32 - 1
 """Step of the noise that A begins as: the last there is, so that no perturbation repeats it."""
-
-PLAIN, PLUS, MINUS = 0, 1, 2
-"""Which values of an adapter: its own, or those of a side."""
-
-
-def columns_first(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is inputs x outputs."""
-    return type(module).__name__ == "Conv1D"
-
-
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or columns_first(module)
-
-
-@dataclass(frozen=True, slots=True)
-class LinearMatrix:
-    """A weight of linear layers of one block."""
-
-    paths: tuple[str, ...]
-    """Of the modules that multiply with it."""
-    turned: bool
-    """Inputs x outputs in memory."""
-    sizes: tuple[int, int]
-    """(outputs, inputs)."""
-
-
-def linear_matrices(model: nn.Module, block: BlockLayout) -> dict[str, LinearMatrix]:
-    """A block's own matrices that only linear layers use, by first name."""
-    own = {
-        name: shape for part in block.own_parts for name, shape in zip(part.names, part.shapes, strict=True)
-    }
-    places: dict[str, list[str]] = {name: [] for name in own}
-    for place, name in first_names(model).items():
-        if name in own:
-            places[name].append(place)
-    found = {}
-    for name, shape in own.items():
-        modules = [model.get_submodule(place.rpartition(".")[0]) for place in places[name]]
-        turned = {columns_first(module) for module in modules}
-        if len(shape) != 2 or not all(is_linear(module) for module in modules) or len(turned) > 1:
-            continue
-        if any(not place.endswith(".weight") for place in places[name]):
-            continue
-        paths = tuple(place.removesuffix(".weight") for place in places[name])
-        rows, columns = shape
-        sizes = (columns, rows) if turned == {True} else (rows, columns)
-        found[name] = LinearMatrix(paths, turned == {True}, sizes)
-    return found
-
-
-class TwoSided:
-    """Which values a pass computes with, of matrices that have them for theta and for both sides."""
-
-    _now: int | None = PLAIN
-    """`None`: plus for the first half of a batch, minus for the rest."""
-
-    def take_side(self, task: Task) -> None:
-        self._now = PLAIN if not task.perturb else PLUS if task.plus_only else None
-
-    def hold(self, examples: range, sequences: int) -> None:
-        """What blocks run next are so many sequences, both sides together, of those examples of the step."""
-
-    def spans(self, rows: int) -> list[tuple[int, slice]]:
-        """The sides of a batch of so many rows, and the rows of each."""
-        if self._now is not None:
-            return [(self._now, slice(None))]
-        return [(PLUS, slice(None, rows // 2)), (MINUS, slice(rows // 2, None))]
-
-    @contextmanager
-    def on_side(self, side: int) -> Iterator[None]:
-        """Within it a perturbed pass is that of side 0 (plus) or 1 (minus) alone, not both stacked."""
-        before, self._now = self._now, (PLUS, MINUS)[side]
-        try:
-            yield
-        finally:
-            self._now = before
 
 
 class Adapters(TwoSided):

@@ -21,7 +21,7 @@ A (B, m) in fp32. W itself stays as it was, and row x of example i gets
 
 one product with W for both sides of all examples, and two of rank B beside it, taken as one of twice the
 rank: x S^T beside itself, in which only the column of the row's own example is left, with the sign of its
-side. On the first visit of the next window A^T S is added to W: `engines.zeroth_order.low_rank_noise`.
+side. On the first visit of the next window A^T S is added to W (`LowRank.fold`).
 
 Everything else (biases, norms, embeddings, the head) has one z of signs for all examples, and takes the mean
 of their a_i: the formula above with z_i = z, the estimate of `spsa` but for its length. In the blocks such
@@ -57,8 +57,8 @@ from engines.noise import weight_pass
 from engines.noise.visits import Outputs, Visit
 from engines.settings.zeroth_order import MezoSettings
 from engines.zeroth_order.block_visit import Task, without_updates
-from engines.zeroth_order.lora import PLAIN
-from engines.zeroth_order.low_rank_noise import LowRank
+from engines.zeroth_order.low_rank.low_rank_noise import LowRank
+from engines.zeroth_order.low_rank.sides import PLAIN
 
 
 class ExampleLosses:
