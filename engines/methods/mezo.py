@@ -42,10 +42,11 @@ from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import MezoSettings
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.trace import Timeline
+from engines.zeroth_order.block_store import FillBlock, StepClocks
 from engines.zeroth_order.block_visit import Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
+from engines.zeroth_order.step import ZerothOrder
 
 
 class Mezo(ZerothOrder):

@@ -76,11 +76,12 @@ from engines.shapes import ModelShape
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.world import Alone, divide
+from engines.zeroth_order.block_store import FillBlock, StepClocks
 from engines.zeroth_order.block_visit import BlockMemory, Task
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.low_rank.low_rank_noise import LowRank
 from engines.zeroth_order.perturbed_model import PerturbedModel
-from engines.zeroth_order.step import FillBlock, StepClocks, ZerothOrder
+from engines.zeroth_order.step import ZerothOrder
 
 
 class Zo2(ZerothOrder):

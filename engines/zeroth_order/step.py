@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,15 +35,11 @@ from engines.model.evaluation import EvaluationSum
 from engines.model.flat_layout import lay_out
 from engines.model.model_check import check_driven
 from engines.model.stand_ins import give_back
-from engines.model.waiting_states import States
-from engines.noise.visits import Visit
 from engines.quantized.block_form import BlockForm, block_forms
 from engines.quantized.export import plain_weights, realized_of_quantized
 from engines.settings.zeroth_order import Base, MezoSettings, check_base, check_examples
-from engines.transfer.compute_clock import ComputeClock
-from engines.transfer.trace import Timeline
 from engines.world import Share, divide
-from engines.zeroth_order.block_visit import Source, Task
+from engines.zeroth_order.block_store import BlockStore, StepClocks
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, of_all_examples, probes
@@ -58,112 +52,6 @@ from engines.zeroth_order.stacking import blocks_apart, check_rows_of_sequences
 
 EVALUATION_GROUP = 8
 """Batches that share one pass over the blocks when evaluating; their hidden states are on the GPU."""
-
-FillBlock = Callable[[BlockForm, Tensor], object]
-"""Writes a block, laid out as its form says, to its memory: (bytes,) uint8 on the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepClocks:
-    """What times the compute stream of a step."""
-
-    compute: ComputeClock
-    noise: ComputeClock
-    """The part of it that perturbs weights and applies updates."""
-    timeline: Timeline | None
-    """`None`: no trace is asked for."""
-
-    def label(self, name: str) -> None:
-        """What is timed from here on."""
-        self.compute.label = self.noise.label = name
-
-
-class BlockStore(Source, Protocol):
-    """The blocks' weights between steps: where they lie, and how many updates they have there.
-
-    `last_step`, wherever it is asked for: trained low-bit matrices have what the steps up to this one have
-    rounded, and nothing else; other weights have all updates.
-    """
-
-    on_disk: frozenset[int]
-    """Blocks that keep their updates in the log, not in their weights."""
-    states: States
-    """What keeps the hidden states of a step between blocks."""
-
-    @property
-    def shared(self) -> frozenset[int]:
-        """Blocks that one rank writes for others."""
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Page-locked host memory."""
-
-    def set_up(self, model: PerturbedModel, blueprint: Blueprint) -> None:
-        """Allocate what the constructor has not. `fill` follows."""
-
-    def fill(self, fill_block: FillBlock, *, anew: bool) -> None:
-        """Write every block, for the first time or `anew`. Visits may then begin."""
-
-    def make_room_in_log(self, window: int | None) -> None:
-        """Before a step, which may be one that is replayed: write the blocks on disk that would fall behind
-        by more than the log holds, or all if a `window` of low-rank noise ends there."""
-
-    def begin_step(self, window: int | None) -> Callable[[], dict[str, Any]]:
-        """Make room in the log. What is returned tells, once the step is enqueued, the times of the step
-        before it, by the names of `engines.base.StepStats`."""
-
-    def in_order(self, window: int | None) -> Iterator[tuple[int, Task]]:
-        """The pass of a step: every block in order, and what its visit is to do, which the caller makes
-        before it asks for the next."""
-
-    def before_ranks_meet(self) -> None:
-        """The losses are known here and not yet handed round: wait until what this rank has written, and
-        others are to read, is there."""
-
-    def end_step(self) -> dict[str, Any]:
-        """After the host has waited for the losses of all ranks: what the step moved, and its times where
-        they are not told a step later."""
-
-    def in_order_with_theta(self) -> Iterator[int]:
-        """A pass with the weights themselves, all updates applied: each block may be run while its index is
-        held."""
-
-    def begin_tokens(self) -> None:
-        """Before the first token of several."""
-
-    def begin_token(self) -> None:
-        """Before the pass that makes a token; that of the one before may not have been told yet."""
-
-    def end_token(self) -> dict[str, Any]:
-        """What making a token took and moved, by the names of `engines.base.StepStats`."""
-
-    def forget_times(self) -> None:
-        """Copies and kernels so far belong to no step."""
-
-    def apply_deferred(self, last_step: int, window: int | None = None, *, by_all: bool = False) -> None:
-        """Store deferred updates now, but in blocks on disk, and what the `window` has gathered. Blocks that
-        ranks share are left as they are unless `by_all` ranks do it, between the same steps."""
-
-    def at_rest(self, block: int) -> AbstractContextManager[Tensor]:
-        """A block as it lies, (bytes,) uint8; not to be written. After `synchronize`, between passes."""
-
-    def stored(self, block: int, last_step: int) -> Tensor:
-        """A block as a visit would find it, (bytes,) uint8; not to be written. After `synchronize`."""
-
-    def lacking(self, block: int, last_step: int) -> Visit:
-        """The updates that `stored` lacks."""
-
-    def tensors(self, last_step: int) -> Mapping[str, Tensor]:
-        """Every tensor of the model by first name, where it lies, the adapters' too. After `synchronize`."""
-
-    def like_tensors(self) -> Mapping[str, Tensor]:
-        """Tensors of the names, shapes and dtypes of `tensors`; their values mean nothing."""
-
-    def synchronize(self) -> None:
-        """Wait until nothing is in flight."""
-
-    def close(self) -> None:
-        """Stop threads and free pinned memory. May be called twice."""
 
 
 class ZerothOrder(ABC):
