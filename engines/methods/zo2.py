@@ -39,7 +39,7 @@ With `hidden_states=host` those of the step's passes wait in pinned host memory,
 (`engines.model.waiting_states`): a step of tens of queries has as many of them.
 
 On the GPU: embeddings, norms and head; the resident blocks; the ring; the perturbed weights of one layer; the
-hidden states of both streams. On the host: the other blocks, in pinned memory of exactly their size, or
+hidden states of both passes. On the host: the other blocks, in pinned memory of exactly their size, or
 a ring through which those on disk come.
 
 Deviations from the paper and its code, beside those of `engines.methods.mezo`:

@@ -98,8 +98,8 @@ def each_over_ranks(
     return losses
 
 
-class Streams:
-    """From the model's entrance to its losses, block by block."""
+class ForwardPasses:
+    """All forward passes of a step: from the model's entrance to its losses, block by block."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Streams:
         return replace(self._how, step=probe.draw)
 
     def visit(self, index: int, task: Task, source: Source) -> None:
-        """All streams through block `index`. `task` tells deferred updates and whether they are stored."""
+        """All passes through block `index`. `task` tells deferred updates and whether they are stored."""
         for number, probe in enumerate(self._probes):
             last = number == len(self._probes) - 1
             how = without_updates(task.how) if number > 0 and task.store else task.how

@@ -43,7 +43,7 @@ from engines.zeroth_order.block_store import BlockStore, StepClocks
 from engines.zeroth_order.checkpoint import open_checkpoint, save_weights
 from engines.zeroth_order.deferred_updates import DeferredUpdates
 from engines.zeroth_order.estimators import next_updates, of_all_examples, probes
-from engines.zeroth_order.forward_passes import Streams, each_over_ranks, mean_over_ranks
+from engines.zeroth_order.forward_passes import ForwardPasses, each_over_ranks, mean_over_ranks
 from engines.zeroth_order.generation import generate_tokens
 from engines.zeroth_order.low_rank.low_rank_noise import window_due
 from engines.zeroth_order.low_rank.make import make_adapters
@@ -169,17 +169,17 @@ class ZerothOrder(ABC):
             self._model.prepare(batch, number * self.context.workload.batch_size)
             for number, batch in zip(mine.batches, mine.of_batches(batches), strict=True)
         ]
-        streams = Streams(
+        passes = ForwardPasses(
             self._model, prepared, mine.of_probes(asked), self._updates.none(), self.blocks.states
         )
         for index, task in self.blocks.in_order(window):
-            streams.visit(index, task, self.blocks)
+            passes.visit(index, task, self.blocks)
         clocks.label("loss")
         alone = world.size == 1 and settings.estimator != "grzo"
         if alone:
-            sums = streams.losses()
+            sums = passes.losses()
         else:
-            each = streams.each_loss()
+            each = passes.each_loss()
         clocks.compute.stop()
         told = earlier()  # the GPU has much to do still, so that this costs nothing
         # The one place where the host waits, for the GPU and then for the other ranks.
