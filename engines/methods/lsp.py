@@ -54,7 +54,7 @@ Deviations from the paper, and choices where it is silent:
 - The calibration gradient is the current step's, of its first micro-batch, not an extra pass over a sample.
 - A check whose round of learning runs out of time keeps the old pair, unless the new one is better already.
 - A matrix for which forming G costs less than two projections and their product, since its d is nearly its
-  size, has G formed and compressed (`engines.costs.lsp.forms_gradient`).
+  size, has G formed and compressed (`engines.settings.lsp_layout.forms_gradient`).
 - What is not a matrix of a block (embeddings, head, norms, biases) is trained by AdamW on the device as in
   native, or frozen with `train_outer=False`. So is a block's matrix that has a second place in the model.
 - `residual`, off by default, is not the paper's: what its projectors leave out takes a step of its own.
@@ -81,7 +81,6 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.costs.lsp import UPLOAD_SLOTS
 from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, update_at_once
 from engines.cpu_updates.cpu_adam import add_up, squared_norm_of_sum
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
@@ -109,6 +108,7 @@ from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import UPLOAD_SLOTS
 from engines.subspace.apply import apply_core, realized_of_core
 from engines.subspace.bias_check import (
     Check,

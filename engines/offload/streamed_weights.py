@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint
-from engines.costs.lsp import WEIGHT_SLOTS
 from engines.costs.resources.disk import WEIGHT_PLACES
 from engines.model.blocks import find_blocks
 from engines.model.flat_layout import BlockLayout
 from engines.offload.block_slots import BlockSlots
 from engines.offload.disk_weights import DiskWeights
+from engines.settings.lsp_layout import WEIGHT_SLOTS
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from engines.base import ReportProgress
-from engines.costs.lsp import core_size
 from engines.errors import UserError
 from engines.model.blocks import find_blocks
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import core_size
 from engines.subspace.projector import (
     Projector,
     SparseProjector,

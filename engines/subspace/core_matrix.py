@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engines.costs.lsp import forms_gradient
+from engines.settings.lsp_layout import forms_gradient
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import compress

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from engines.base import ReportProgress
-from engines.costs.lsp import CORE_SLOTS, chunk_ends
 from engines.cpu_updates.chunks import OfRanks, StepShare
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import CORE_SLOTS, chunk_ends
 from engines.shapes import Workload
 from engines.subspace.bias_check import Subspace
 from engines.subspace.core_matrix import Calibrator, CoreMatrix, core_matrices

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint, ReportProgress
-from engines.costs.lsp import WEIGHT_SLOTS
 from engines.errors import UserError
 from engines.model.blocks import set_parameter
 from engines.model.flat_layout import BlockLayout, lay_out_group
 from engines.offload.block_slots import BlockSlots
 from engines.offload.streamed_weights import StreamedWeights
+from engines.settings.lsp_layout import WEIGHT_SLOTS
 from engines.subspace.bias_check import block_matrices
 from engines.subspace.cores import CoreBlock
 from engines.transfer.compute_clock import ComputeClock

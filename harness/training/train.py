@@ -16,7 +16,6 @@ from typing import Any
 
 from engines import entry, load_engine
 from engines.base import Batch, Context, Evaluation, SupportsTrace
-from engines.costs.lsp import compresses
 from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserError
 from engines.files.checksums import check_sums
 from engines.files.locks import locked_folder
@@ -24,6 +23,7 @@ from engines.files.writing import clear_leftovers
 from engines.model.blocks import TORCH_DTYPE
 from engines.settings.given import GivenSettings
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import compresses
 from engines.shapes import ModelShape
 from engines.world import ALONE, World
 from harness.data.batches import Data, make_data

@@ -95,9 +95,9 @@ def parts_of(elements: int) -> Iterator[None]:
 
 @contextmanager
 def chunks_of(elements: int) -> Iterator[None]:
-    from engines.costs import lsp
+    from engines.settings import lsp_layout
 
-    with mock.patch.object(lsp, "CHUNK_ELEMENTS", elements):
+    with mock.patch.object(lsp_layout, "CHUNK_ELEMENTS", elements):
         yield
 
 

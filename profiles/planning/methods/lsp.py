@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from engines.costs.lsp import compresses, core_elements, core_size
 from engines.costs.resources.traffic import Traffic
 from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
+from engines.settings.lsp_layout import compresses, core_elements, core_size
 from profiles.planning.budget import gpu_bytes_needed, shortages
 from profiles.planning.context import BESIDE_GPU, NO_PRICE, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, OPT_1B, OPT_13B, TINY, llama, opt
 
 from engines.costs import loss, mezo, transformer
-from engines.costs.lsp import core_elements, core_size, projection_bytes
+from engines.costs.lsp import projection_bytes
 from engines.costs.memory import activations
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
 from engines.costs.resources.traffic import Traffic
@@ -26,6 +26,7 @@ from engines.costs.torchao_offload import power_of_two
 from engines.costs.zo2 import RING_BYTES, disk_indices, folds, resident_indices, ring_bytes
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import core_elements, core_size
 from engines.settings.parse import parse_settings
 from engines.shapes import BYTES_PER_ELEMENT, Dtype, ModelShape, Workload
 from harness.models.configs import named_shape

@@ -14,12 +14,12 @@ from ranks import SideBySideWorld, side_by_side
 from torch import Tensor
 
 from engines.base import Batch, Context
-from engines.costs import lsp as lsp_costs
 from engines.cpu_updates import block_state
 from engines.errors import NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
 from engines.methods.lora import Lora
 from engines.methods.lsp import Lsp
+from engines.settings import lsp_layout
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.libraries import LoraSettings
 from engines.settings.lsp import LspSettings
@@ -40,7 +40,7 @@ LSP = LspSettings(learning_rate=3e-3, weight_decay=0.1, d=32, r=4, check_every=2
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny block's matrices are then several chunks, of several owners."""
     monkeypatch.setattr(block_state, "CHUNK_ELEMENTS", 512)
-    monkeypatch.setattr(lsp_costs, "CHUNK_ELEMENTS", 2048)
+    monkeypatch.setattr(lsp_layout, "CHUNK_ELEMENTS", 2048)
 
 
 def context(world: World, accumulation: int, dtype: Dtype) -> Context:

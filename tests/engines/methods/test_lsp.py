@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from engines.base import Batch, Context, StepStats
-from engines.costs.lsp import CORE_SLOTS, streamed_uploads
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.cpu_threads import AdamThreads
@@ -35,6 +34,7 @@ from engines.model.activation_checkpointing import TrainedBlocks
 from engines.settings.checks import Refused
 from engines.settings.first_order import NativeSettings
 from engines.settings.lsp import LspSettings
+from engines.settings.lsp_layout import CORE_SLOTS, streamed_uploads
 from engines.shapes import Dtype, Workload
 from engines.subspace import core_matrix, cores
 from engines.subspace.bias_check import Subspace, block_matrices, derived_seed

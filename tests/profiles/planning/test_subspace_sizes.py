@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, LAPTOP_CPU, OPT_13B, TINY
 from settings_given import given_for_each
 
-from engines.costs.lsp import core_size
 from engines.costs.resources.traffic import SWITCH_INTERVAL_S, LayerTraffic, Traffic
 from engines.costs.table import traffic
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings, sizes_by_shape
+from engines.settings.lsp_layout import core_size
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from harness.models.configs import named_shape
