@@ -628,7 +628,7 @@ class Lsp:
         if found is not None:
             self._take_projectors(matrix, *found)
         if self._world.size > 1:
-            is_new = follow_projectors(self._world, matrix, found is not None)
+            is_new = follow_projectors(self._world, matrix, is_new=found is not None)
             # Each twin has its own moments, and each machine, of which rank 0 alone has moved one's.
             if is_new and (self._pipeline is None or self._has_machines):
                 follow_moments(self._world, matrix, self._laid_out.chunk_of(matrix).state)

@@ -24,13 +24,18 @@ MIX_1, MIX_2 = 0x85EBCA6B, 0xC2B2AE35
 _WORD = 0xFFFFFFFF
 
 
+def is_dithered(dtype: torch.dtype, rounding: Rounding) -> bool:
+    """Whether weights of `dtype` are rounded stochastically: bf16 alone loses updates."""
+    return rounding == "stochastic" and dtype == torch.bfloat16
+
+
 def updated(weight: Tensor, delta: Tensor, rate: float, decay: float, rounding: Rounding, key: int) -> None:
     """weight <- round(weight decay - rate delta), in fp32 up to the rounding, by torch operations.
 
     `weight` (bf16 or fp32) and `delta` have one shape, any; `key` (32 bits) names the tensor and the step.
     """
     value = (weight.float() * decay).sub_(delta.float() * rate)
-    if rounding == "stochastic" and weight.dtype == torch.bfloat16:
+    if is_dithered(weight.dtype, rounding):
         value = dithered(value, key)
     weight.copy_(value)
 

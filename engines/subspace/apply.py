@@ -5,11 +5,10 @@ LSP-Offload (2406.10181), Algorithm 1, lines 16 and 17.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from engines.kernels.triton_launch import has_triton
-from engines.noise.stochastic_rounding import updated
+from engines.noise.stochastic_rounding import is_dithered, updated
 from engines.settings.lsp import LspSettings
 from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import BlockProjector, decompress
@@ -23,29 +22,36 @@ def apply_core(
     `key`, 32 bits, seeds the rounding: the same one gives the same bits.
     """
     decay = 1.0 - rate * settings.weight_decay
-    dither = settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
     left, right = subspace.left, subspace.right
-    if not (weight.is_cuda and has_triton()):
-        updated(weight, decompress(core, left, right), rate, decay, settings.rounding, key)
-        return
-    from engines.subspace import projector_kernels
+    if _takes_kernel(weight) and isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
+        from engines.subspace import projector_kernels
 
-    if isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
-        projector_kernels.block_update(weight, core, left.values, right.values, rate, decay, dither, key)
+        dither = is_dithered(weight.dtype, settings.rounding)
+        projector_kernels.block_update(
+            weight, core, left.values, right.values, rate, decay, key, dither=dither
+        )
     else:
-        delta = decompress(core, left, right).contiguous()
-        projector_kernels.plain_update(weight, delta, rate, decay, dither, key)
+        _move(weight, decompress(core, left, right), rate, decay, settings, key)
 
 
 def apply_delta(weight: Tensor, delta: Tensor, rate: float, settings: LspSettings, key: int) -> None:
     """Move `weight` (m, n) by minus `rate` times `delta`, of its shape and dtype, without decay."""
-    if not (weight.is_cuda and has_triton()):
-        updated(weight, delta, rate, 1.0, settings.rounding, key)
+    _move(weight, delta, rate, 1.0, settings, key)
+
+
+def _move(weight: Tensor, delta: Tensor, rate: float, decay: float, settings: LspSettings, key: int) -> None:
+    """weight <- round(weight decay - rate delta), of one shape (m, n)."""
+    if not _takes_kernel(weight):
+        updated(weight, delta, rate, decay, settings.rounding, key)
         return
     from engines.subspace import projector_kernels
 
-    dither = settings.rounding == "stochastic" and weight.dtype == torch.bfloat16
-    projector_kernels.plain_update(weight, delta, rate, 1.0, dither, key)
+    dither = is_dithered(weight.dtype, settings.rounding)
+    projector_kernels.plain_update(weight, delta.contiguous(), rate, decay, key, dither=dither)
+
+
+def _takes_kernel(weight: Tensor) -> bool:
+    return weight.is_cuda and has_triton()
 
 
 def realized_of_core(

@@ -6,7 +6,7 @@ LSP-Offload (2406.10181), Algorithm 1, lines 18 to 21 and 1 to 9. `engines.metho
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,11 @@ class Subspace:
             for name, projector in (("left", self.left), ("right", self.right))
             for key, tensor in projector.tensors().items()
         }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave: of the same names and shapes, on any device."""
+        for name, projector in (("left", self.left), ("right", self.right)):
+            projector.assign({key: tensors[f"{name}.{key}"] for key in projector.tensors()})
 
     def assign(self, left: Projector, right: Projector) -> None:
         """Take the values of another pair, in place."""

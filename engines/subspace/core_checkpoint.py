@@ -19,12 +19,13 @@ def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
     """Add all matrices' moments (d, d) and projectors to `state`; returns their counts and checks."""
     about = {}
     for chunk, matrix in cores.placed():
-        for key, tensor in checkpoint_tensors(chunk, matrix).items():
-            state[f"{key}.{matrix.subspace.name}"] = tensor
-        about[matrix.subspace.name] = {
+        subspace = matrix.subspace
+        for key, tensor in (_adam_tensors(chunk, matrix) | subspace.tensors()).items():
+            state[f"{key}.{subspace.name}"] = tensor
+        about[subspace.name] = {
             "updates": chunk.state.updates,
-            "generation": matrix.subspace.generation,
-            "checks": [asdict(check) for check in matrix.subspace.checks],
+            "generation": subspace.generation,
+            "checks": [asdict(check) for check in subspace.checks],
         }
     return about
 
@@ -32,26 +33,33 @@ def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:
 def load_cores(cores: Cores, tensors: Mapping[str, Tensor], about: Mapping[str, Any], folder: Path) -> None:
     """Take back what `save_cores` gave. Raises `UserError`, naming `folder`, for other shapes or dtypes."""
     for chunk, matrix in cores.placed():
-        name = matrix.subspace.name
-        for key, tensor in checkpoint_tensors(chunk, matrix).items():
-            found = tensors.get(f"{key}.{name}")
-            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise UserError(
-                    str(folder),
-                    f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
-                    "resume with the same d, r, projector and moments",
-                )
-            tensor.copy_(found)
-        matrix.subspace.assign(matrix.subspace.left, matrix.subspace.right)
-        entry = about[name]
+        subspace, of_adam = matrix.subspace, _adam_tensors(chunk, matrix)
+        found = {
+            key: _stored_like(tensor, key, subspace.name, tensors, folder)
+            for key, tensor in (of_adam | subspace.tensors()).items()
+        }
+        for key, tensor in of_adam.items():
+            tensor.copy_(found[key])
+        subspace.load(found)
+        entry = about[subspace.name]
         chunk.state.updates = int(entry["updates"])
-        matrix.subspace.generation = int(entry["generation"])
-        matrix.subspace.checks = [Check(**check) for check in entry["checks"]]
+        subspace.generation = int(entry["generation"])
+        subspace.checks = [Check(**check) for check in entry["checks"]]
 
 
-def checkpoint_tensors(chunk: CoreChunk, matrix: CoreMatrix) -> dict[str, Tensor]:
-    """What a checkpoint holds of a matrix: moments (d, d), what makes its projectors, and the length of its
-    residual's next step."""
+def _stored_like(tensor: Tensor, key: str, name: str, tensors: Mapping[str, Tensor], folder: Path) -> Tensor:
+    """What a checkpoint has in the place of `tensor`, of the matrix `name`."""
+    found = tensors.get(f"{key}.{name}")
+    if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+        raise UserError(
+            str(folder),
+            f"has no {key} of shape {tuple(tensor.shape)} for '{name}'",
+            "resume with the same d, r, projector and moments",
+        )
+    return found
+
+
+def _adam_tensors(chunk: CoreChunk, matrix: CoreMatrix) -> dict[str, Tensor]:
+    """Of a matrix: moments (d, d), and (1,) the length of its residual's next step, if it has one."""
     moments = {"moment": matrix.of(chunk.state.moment), "variance": matrix.of(chunk.state.variance)}
-    ratio = {} if matrix.residual is None else {"residual_ratio": matrix.residual.ratio}
-    return moments | ratio | matrix.subspace.tensors()
+    return moments if matrix.residual is None else moments | {"residual_ratio": matrix.residual.ratio}

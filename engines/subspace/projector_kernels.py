@@ -217,8 +217,9 @@ def block_update(
     right: Tensor,
     rate: float,
     decay: float,
-    dither: bool,
     key: int,
+    *,
+    dither: bool,
 ) -> None:
     """W <- round(W decay - rate P S Q^T), of contiguous `weight` (m, n) and `core` (d, d), with the values of
     block-diagonal projectors, all of one dtype. P S is rounded to it; all sums are in fp32."""
@@ -235,7 +236,7 @@ def block_update(
     )  # fmt: skip
 
 
-def plain_update(weight: Tensor, delta: Tensor, rate: float, decay: float, dither: bool, key: int) -> None:
+def plain_update(weight: Tensor, delta: Tensor, rate: float, decay: float, key: int, *, dither: bool) -> None:
     """weight <- round(weight decay - rate delta), contiguous, of one shape; by bits of `key` if `dither`."""
     launch(
         _plain_update_kernel, (triton.cdiv(weight.numel(), 1024),),

@@ -9,7 +9,7 @@ from engines.subspace.cores import CoreState
 from engines.world import World
 
 
-def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
+def follow_projectors(world: World, matrix: CoreMatrix, *, is_new: bool) -> bool:
     """Let every rank have the projectors of rank 0 for a matrix, where they are new there: whether they are.
     All ranks call it for the same matrix."""
     subspace, content = matrix.subspace, b""
@@ -17,10 +17,7 @@ def follow_projectors(world: World, matrix: CoreMatrix, is_new: bool) -> bool:
         content = save({name: tensor.cpu().contiguous() for name, tensor in subspace.tensors().items()})
     content = world.broadcast(content)
     if content and world.rank > 0:
-        tensors = load(content)
-        for name, tensor in subspace.tensors().items():
-            tensor.copy_(tensors[name])
-        subspace.assign(subspace.left, subspace.right)
+        subspace.load(load(content))
         subspace.generation += 1
     return bool(content)
 

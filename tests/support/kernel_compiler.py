@@ -399,7 +399,7 @@ def projector_cases() -> Iterator[Case]:
             def update(of: Any = of, m: int = m, n: int = n, d: int = d, both: Any = (left, right)) -> None:
                 weight, core = torch.empty(m, n, **of), torch.empty(d, d, **of)
                 dither = of["dtype"] == torch.bfloat16
-                projector_kernels.block_update(weight, core, *both, 1e-4, 0.99, dither, 2**32 - 1)
+                projector_kernels.block_update(weight, core, *both, 1e-4, 0.99, 2**32 - 1, dither=dither)
 
             older = r == 4 and dtype == "bfloat16"
             yield f"project {dtype} {m} d={d} r={r}", project, older
@@ -410,7 +410,7 @@ def projector_cases() -> Iterator[Case]:
         yield (
             f"plain update {dtype}",
             lambda weight=weight, delta=delta: projector_kernels.plain_update(
-                weight, delta, 1e-4, 0.99, weight.dtype == torch.bfloat16, 12345
+                weight, delta, 1e-4, 0.99, 12345, dither=weight.dtype == torch.bfloat16
             ),
             dtype == "bfloat16",
         )

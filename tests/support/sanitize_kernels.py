@@ -123,9 +123,18 @@ def odd_cases() -> Iterator[Callable[[], object]]:
     yield lambda: projector_kernels.block_project(flat(5 * 75, bf16).view(5, 75), left, 21)
     yield lambda: projector_kernels.block_lift(flat(5 * 21, bf16).view(5, 21), left, 21)
     yield lambda: projector_kernels.block_update(
-        flat(75 * 53, bf16).view(75, 53), flat(21 * 21, bf16).view(21, 21), left, right, 1e-4, 0.9, True, 5
+        flat(75 * 53, bf16).view(75, 53),
+        flat(21 * 21, bf16).view(21, 21),
+        left,
+        right,
+        1e-4,
+        0.9,
+        5,
+        dither=True,
     )
-    yield lambda: projector_kernels.plain_update(flat(1001, bf16), flat(1001, bf16), 1e-4, 0.9, True, 5)
+    yield lambda: projector_kernels.plain_update(
+        flat(1001, bf16), flat(1001, bf16), 1e-4, 0.9, 5, dither=True
+    )
     norms = [flat(37, bf16) for _ in range(4)]
     yield lambda: paired_layer_norm.layer_norm(
         flat(6 * 37, bf16).view(6, 37), (norms[0], norms[1]), (norms[2], norms[3]), 1e-5

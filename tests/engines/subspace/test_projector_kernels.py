@@ -33,7 +33,7 @@ def test_an_update_is_rounded_as_by_torch(dither: bool) -> None:
     expected = weight * 0.99 - delta * 1e-2
     if dither:
         expected = dithered(expected, key=12345)
-    projector_kernels.plain_update(weight, delta, 1e-2, 0.99, dither, 12345)
+    projector_kernels.plain_update(weight, delta, 1e-2, 0.99, 12345, dither=dither)
     assert torch.equal(weight, expected)
 
 
@@ -55,7 +55,7 @@ def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int
     expected = weight.clone()
     dense = left.dense() @ core @ right.dense().T
     updated(expected, dense, 0.1, 0.9, "nearest", 0)
-    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, False, 0)
+    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, 0, dither=False)
     torch.testing.assert_close(weight, expected, rtol=1e-3, atol=2e-3)  # tensor cores may take tf32
 
 
@@ -99,5 +99,5 @@ def test_in_16_bits_sums_are_in_fp32(dtype: torch.dtype, m: int, n: int, d: int,
     weight = matrix(m, n, seed=4).to(dtype)
     expected = weight.double() * 0.9 - dense @ core.double() @ other.T * 0.1
     dither = dtype == torch.bfloat16
-    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, dither, 7)
+    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, 7, dither=dither)
     assert_close(weight, expected)
