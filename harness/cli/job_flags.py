@@ -275,35 +275,40 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(function, eval_str=True).parameters.values())
 
 
-def _nested(given: dict[str, Any]) -> dict[str, Any]:
+_PLACES: dict[str, tuple[str, str]] = {
+    "model": ("model", "name"),
+    **{name: ("model", name) for name in ("random_weights", "untied", "layers", "head")},
+    "data": ("data", "train"),
+    "eval_data": ("data", "evaluate"),
+    **{name: ("data", name) for name in ("columns", "template", "labels", "strict", "skip_bad")},
+    "vram": ("limits", "vram_bytes"),
+    "host_memory": ("limits", "host_bytes"),
+    "timeout": ("limits", "timeout_s"),
+    **{name: ("limits", name) for name in ("gpus", "nodes")},
+}
+"""Flag -> part of a job and field there, of flags that are no field of the job itself."""
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "columns": parse_columns,
+    "labels": lambda text: [word.strip() for word in text.split(",")],
+    "vram": lambda text: parse_bytes(text, "--vram"),
+    "host_memory": lambda text: parse_bytes(text, "--host-memory"),
+}
+"""Of flags whose text stands for something else."""
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
     """Flags as fields of `harness.records.job.Job`."""
-    nested: dict[str, Any] = {}
-    if "model" in given:
-        nested.setdefault("model", {})["name"] = given.pop("model")
-    for name in ("random_weights", "untied", "layers", "head"):
-        if name in given:
-            nested.setdefault("model", {})[name] = given.pop(name)
-    for flag, name in (("data", "train"), ("eval_data", "evaluate")):
-        if flag in given:
-            nested.setdefault("data", {})[name] = given.pop(flag)
-    if "columns" in given:
-        nested.setdefault("data", {})["columns"] = parse_columns(given.pop("columns"))
-    if "template" in given:
-        nested.setdefault("data", {})["template"] = given.pop("template")
-    if "labels" in given:
-        words = [word.strip() for word in given.pop("labels").split(",")]
-        nested.setdefault("data", {})["labels"] = words
-    for name in ("strict", "skip_bad"):
-        if name in given:
-            nested.setdefault("data", {})[name] = given.pop(name)
-    for flag, name in (("vram", "vram_bytes"), ("host_memory", "host_bytes")):
-        if flag in given:
-            option = f"--{flag.replace('_', '-')}"
-            nested.setdefault("limits", {})[name] = parse_bytes(given.pop(flag), option)
-    for flag, name in (("timeout", "timeout_s"), ("gpus", "gpus"), ("nodes", "nodes")):
-        if flag in given:
-            nested.setdefault("limits", {})[name] = given.pop(flag)
-    return {**given, **nested}
+    fields: dict[str, Any] = {}
+    for flag, value in given.items():
+        if flag in _READ:
+            value = _READ[flag](value)
+        if flag in _PLACES:
+            part, field = _PLACES[flag]
+            fields.setdefault(part, {})[field] = value
+        else:
+            fields[flag] = value
+    return fields
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
