@@ -56,6 +56,52 @@ MEASURED_WARMUP = 3
 """Decoding steps after the prefill that are not counted, unless --warmup-steps says otherwise."""
 
 
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="Texts to continue, together. [default: those of --prompts]")
+]
+OfRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        help="A folder that `run` wrote, in place of --model: its newest weights (mezo, zo2: after the "
+        "last step in its log), also of a run that was killed or is going on. [default: none]",
+    ),
+]
+PromptsFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="A text file with a prompt in each line; - for stdin. [default: none]"),
+]
+Generator = Annotated[
+    str | None,
+    typer.Option("--engine", help="zo2, or mezo with everything on the GPU. [default: zo2, or the run's]"),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Tokens after each prompt, at most.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw among so many tokens; 0: among all.")]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", help="Draw among the fewest tokens that have this probability together."),
+]
+DrawSeed = Annotated[int, typer.Option("--seed", help="Of the draws, and of random weights.")]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="Time the generation of random prompts in a process of its own, and keep a record in "
+        "--out/generations. The flags below are for this.",
+    ),
+]
+RoundsOfGeneration = Annotated[
+    int | None, typer.Option("--rounds", min=1, help="Processes, one after the other. [default: 1]")
+]
+PredictedFor = Annotated[
+    Path | None,
+    typer.Option("--profile", help="The machine to predict for. [default: the one in --out, or probe now]"),
+]
+
+
 @tells_defaults(
     {
         "model": "that of --run",
@@ -71,65 +117,27 @@ MEASURED_WARMUP = 3
     }
 )
 def generate(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to continue, together. [default: those of --prompts]")
-    ] = None,
+    prompts: Prompts = None,
     model: Model = None,
     random_weights: RandomWeights = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            help="A folder that `run` wrote, in place of --model: its newest weights (mezo, zo2: after the "
-            "last step in its log), also of a run that was killed or is going on. [default: none]",
-        ),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help="A text file with a prompt in each line; - for stdin. [default: none]"
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--engine", help="zo2, or mezo with everything on the GPU. [default: zo2, or the run's]"
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens after each prompt, at most.")
-    ] = 64,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many tokens; 0: among all.")] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option("--top-p", help="Draw among the fewest tokens that have this probability together."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws, and of random weights.")] = 0,
+    run: OfRun = None,
+    prompts_file: PromptsFile = None,
+    engine: Generator = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: DrawSeed = 0,
     dtype: DtypeFlag = None,
     vram: Vram = None,
     host_memory: HostMemoryFlag = None,
     set_: Set = None,
-    measure: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="Time the generation of random prompts in a process of its own, and keep a record in "
-            "--out/generations. The flags below are for this.",
-        ),
-    ] = False,
+    measure: Measure = False,
     batch_size: BatchSize = None,
     seq_len: SeqLen = None,
     warmup_steps: WarmupSteps = None,
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Processes, one after the other. [default: 1]")
-    ] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            "--profile", help="The machine to predict for. [default: the one in --out, or probe now]"
-        ),
-    ] = None,
+    rounds: RoundsOfGeneration = None,
+    profile: PredictedFor = None,
     timeout: Timeout = None,
     out: Out = None,
     as_json: Json = False,

@@ -30,6 +30,7 @@ from harness.pipeline import data_lengths, find_machine, job_to_plan
 from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
+    Recommendation,
     limits_beyond,
     model_of_target,
     recommended,
@@ -48,9 +49,11 @@ from harness.sharing.reading import shared_results
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates
 from profiles.advice.money import parse_power, parse_price
+from profiles.advice.outlook import JobToPlan
 from profiles.advice.target import parse_target
 from profiles.documents import require_folder, to_json
 from profiles.language import translated, word
+from profiles.machine import Machine
 
 IN_BYTES = (
     "so its data is counted in bytes: a tokenizer makes about a quarter as many tokens of English; "
@@ -181,15 +184,7 @@ def recommend(
     folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)
     if folder is not None:
         require_folder(folder)
-    kept = kept_machine() if profile is None else None
-    if kept is not None:
-        when = f"{kept.time[:10]} {kept.time[11:16]} UTC"
-        _note(f"plans are for this machine as it was measured on {when}; {ANEW}")
-    elif profile is None:
-        _note(MEASURED_HERE)
-    machine = kept or find_machine(profile, quiet=quiet)
-    if profile is None and machine.gpu is None:
-        _note(NO_GPU_HERE)
+    machine = _machine(profile, quiet=quiet)
     for note in limits_beyond(job, machine):
         _note(note)
     if (what_if or aim is not None) and (job.limits.vram_bytes or job.limits.host_bytes):
@@ -199,13 +194,9 @@ def recommend(
     answer = recommended(job, planned, machine, rates=rates, calibration=calibration)
     if (unmeasured := unmeasured_limit(answer)) is not None:
         _note(unmeasured)
-    try:
-        shared = [each for _, each in shared_results(SHARED)]
-        answer = with_like_machines(answer, shared)
-        if what_if or (aim is not None and aim.model is None):
-            answer = with_like_catalogue(answer, planned, shared)
-    except UserError as error:
-        _note(f"shared results are left out: {error}")
+    answer = _with_shared_results(
+        answer, planned, with_catalogue=what_if or (aim is not None and aim.model is None)
+    )
     if explain:
         answer = with_explanations(answer, planned)
     if what_if:
@@ -222,6 +213,37 @@ def recommend(
             typer.echo(translated(line), err=True)
         if not as_json:
             typer.echo(str(written.folder))
+
+
+def _machine(profile: Path | None, *, quiet: bool) -> Machine:
+    """The one that is named, or this one: as it was measured last, or measured now. Notes say which."""
+    if profile is not None:
+        return find_machine(profile, quiet=quiet)
+    machine = kept_machine()
+    if machine is not None:
+        when = f"{machine.time[:10]} {machine.time[11:16]} UTC"
+        _note(f"plans are for this machine as it was measured on {when}; {ANEW}")
+    else:
+        _note(MEASURED_HERE)
+        machine = find_machine(None, quiet=quiet)
+    if machine.gpu is None:
+        _note(NO_GPU_HERE)
+    return machine
+
+
+def _with_shared_results(
+    answer: Recommendation, planned: JobToPlan, *, with_catalogue: bool
+) -> Recommendation:
+    """`answer` beside what others have measured: on machines like this one and, `with_catalogue`, on those of
+    the catalogue."""
+    try:
+        shared = [each for _, each in shared_results(SHARED)]
+        answer = with_like_machines(answer, shared)
+        if with_catalogue:
+            answer = with_like_catalogue(answer, planned, shared)
+    except UserError as error:
+        _note(f"shared results are left out: {error}")
+    return answer
 
 
 OTHERS_ARE_WHOLE = (

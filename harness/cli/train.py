@@ -18,6 +18,7 @@ from harness.cli.options import Out, Quiet, engine_names, results_folder
 from harness.cli.tables import rates_table
 from harness.pipeline import training_settings
 from harness.progress import Progress, console
+from harness.records.job import Job
 from harness.records.presets import LR_SEARCH
 from harness.training.run_files import check_holds_run
 from profiles.documents import to_json
@@ -26,81 +27,94 @@ MOST_EPOCHS = 1e9
 """Passes over the data; more were typed wrong."""
 
 
+EngineFlag = Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")]
+PlannedFor = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        help="A machine, by name or as JSON from `probe`: use the settings of `recommend` for it. "
+        "[default: the engine's own defaults]",
+    ),
+]
+SaveEvery = Annotated[
+    int,
+    typer.Option(
+        "--save-every",
+        min=0,
+        help="Steps between full checkpoints; 0 for none but on Ctrl-C, with mezo and zo2 none at all.",
+    ),
+]
+GoOn = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on where the run in --out was, with the same flags: from its newest full checkpoint, "
+        "with mezo and zo2 also from its update log.",
+    ),
+]
+FindLr = Annotated[
+    bool,
+    typer.Option(
+        "--find-lr",
+        help="Train nothing: try seven learning rates around the default, or the one that is --set, for "
+        "at most 40 steps each, and print the flag to use. With --out, keep find_lr.json there.",
+    ),
+]
+EpochsToTrain = Annotated[
+    float | None,
+    typer.Option(
+        "--epochs", help="In place of --steps: so many passes over the training data. [default: none]"
+    ),
+]
+ExamplesToTrain = Annotated[
+    int | None,
+    typer.Option(
+        "--examples", min=1, help="In place of --steps: so many training sequences. [default: none]"
+    ),
+]
+Repeat = Annotated[
+    int,
+    typer.Option(
+        "--repeat",
+        min=1,
+        help="Train so often, with seeds from --seed on, into OUT/seed-N each; tell median and range.",
+    ),
+]
+Tensorboard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard",
+        help="Also write losses and metrics for TensorBoard to OUT/tensorboard (extra `tensorboard`).",
+    ),
+]
+TraceOfRun = Annotated[
+    bool,
+    typer.Option(
+        "--trace",
+        help="Also write what each stream did in the steps of this call, where the engine keeps it, to "
+        "OUT/trace.json for chrome://tracing or Perfetto. Costs time, and memory with every step.",
+    ),
+]
+FoundAsJson = Annotated[
+    bool, typer.Option("--json", help="With --find-lr: print what find_lr.json holds on stdout.")
+]
+
+
 @takes_job(without=("warmup_steps", "host_memory", "timeout"))
 def run(
     flags: JobFlags,
-    engine: Annotated[str, typer.Option("--engine", help="The method; see `lspzo-bench engines`.")],
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            "--profile",
-            help="A machine, by name or as JSON from `probe`: use the settings of `recommend` for it. "
-            "[default: the engine's own defaults]",
-        ),
-    ] = None,
-    save_every: Annotated[
-        int,
-        typer.Option(
-            "--save-every",
-            min=0,
-            help="Steps between full checkpoints; 0 for none but on Ctrl-C, with mezo and zo2 none at all.",
-        ),
-    ] = 0,
+    engine: EngineFlag,
+    profile: PlannedFor = None,
+    save_every: SaveEvery = 0,
     out: Out = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on where the run in --out was, with the same flags: from its newest full checkpoint, "
-            "with mezo and zo2 also from its update log.",
-        ),
-    ] = False,
-    find_lr: Annotated[
-        bool,
-        typer.Option(
-            "--find-lr",
-            help="Train nothing: try seven learning rates around the default, or the one that is --set, for "
-            "at most 40 steps each, and print the flag to use. With --out, keep find_lr.json there.",
-        ),
-    ] = False,
-    epochs: Annotated[
-        float | None,
-        typer.Option(
-            "--epochs", help="In place of --steps: so many passes over the training data. [default: none]"
-        ),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(
-            "--examples", min=1, help="In place of --steps: so many training sequences. [default: none]"
-        ),
-    ] = None,
-    repeat: Annotated[
-        int,
-        typer.Option(
-            "--repeat",
-            min=1,
-            help="Train so often, with seeds from --seed on, into OUT/seed-N each; tell median and range.",
-        ),
-    ] = 1,
-    tensorboard: Annotated[
-        bool,
-        typer.Option(
-            "--tensorboard",
-            help="Also write losses and metrics for TensorBoard to OUT/tensorboard (extra `tensorboard`).",
-        ),
-    ] = False,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace",
-            help="Also write what each stream did in the steps of this call, where the engine keeps it, to "
-            "OUT/trace.json for chrome://tracing or Perfetto. Costs time, and memory with every step.",
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --find-lr: print what find_lr.json holds on stdout.")
-    ] = False,
+    resume: GoOn = False,
+    find_lr: FindLr = False,
+    epochs: EpochsToTrain = None,
+    examples: ExamplesToTrain = None,
+    repeat: Repeat = 1,
+    tensorboard: Tensorboard = False,
+    trace: TraceOfRun = False,
+    as_json: FoundAsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune with one engine and export a Hugging Face folder. Its last line is that folder.
@@ -112,7 +126,6 @@ def run(
     on the built-in data. What --set says goes before what --profile recommends, and that before the engine's
     defaults. The folder keeps the settings of its first start, also when it is resumed.
     """
-
     names = engine_names(engine)
     if len(names) > 1:
         raise UserError(f"--engine {engine}", "is not one method that trains", "see 'lspzo-bench engines'")
@@ -126,15 +139,8 @@ def run(
     job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
     folder = results_folder(out, "run", job.model.name, resume)
     settings = training_settings(job, names[0], profile)
-    if epochs is not None and not 0 < epochs < MOST_EPOCHS:
-        why = "is more than anybody trains" if epochs > 0 else "must be positive"
-        raise UserError(f"--epochs {epochs:g}", why, "give a number of passes, such as 3 or 0.5")
-    if [flags.gives("steps"), epochs is not None, examples is not None].count(True) > 1:
-        raise UserError("--epochs", "the length is given twice", "give one of --steps, --epochs, --examples")
-    if (job.patience or job.best_by) and not job.eval_every:
-        raise UserError("--patience", "nothing is evaluated on the way", "add --eval-every")
-    if job.eval_every and not job.eval_batches:
-        raise UserError("--eval-every", "there is nothing to evaluate on", "add --eval-batches")
+    _check_length(epochs, examples, gives_steps=flags.gives("steps"))
+    _check_evaluations(job)
 
     from harness.training.follower import follow_from_here, leads
     from harness.training.repeats import spread_over, started
@@ -149,25 +155,41 @@ def run(
             steps = follow_from_here(job, names[0], settings.typed, progress)
         typer.echo(f"{steps} steps taken with the machine of NODE_RANK 0, which has the model")
         return
+    seeds = range(job.seed, job.seed + repeat)
+    folders = [folder / f"seed-{seed}" if repeat > 1 else folder for seed in seeds]
     with Progress(quiet) as progress:
-        for number in range(repeat):
-            own = folder / f"seed-{job.seed + number}" if repeat > 1 else folder
+        for seed, own in zip(seeds, folders, strict=True):
             exported = train(
-                replace(job, seed=job.seed + number), names[0], settings, own, save_every=save_every,
+                replace(job, seed=seed), names[0], settings, own, save_every=save_every,
                 resume=resume and (repeat == 1 or started(own)), trace=trace, board=tensorboard,
                 length=length, progress=progress,
             )  # fmt: skip
-        if repeat > 1:
-            for line in spread_over([folder / f"seed-{job.seed + number}" for number in range(repeat)]):
-                progress.print(line)
+        for line in spread_over(folders) if repeat > 1 else ():
+            progress.print(line)
     typer.echo(str(exported if repeat == 1 else folder))
+
+
+def _check_length(epochs: float | None, examples: int | None, *, gives_steps: bool) -> None:
+    """Raises `UserError` where the length is none that anybody trains, or was given twice."""
+    if epochs is not None and not 0 < epochs < MOST_EPOCHS:
+        why = "is more than anybody trains" if epochs > 0 else "must be positive"
+        raise UserError(f"--epochs {epochs:g}", why, "give a number of passes, such as 3 or 0.5")
+    if [gives_steps, epochs is not None, examples is not None].count(True) > 1:
+        raise UserError("--epochs", "the length is given twice", "give one of --steps, --epochs, --examples")
+
+
+def _check_evaluations(job: Job) -> None:
+    """Raises `UserError` where the best model is to be kept by evaluations that are not made."""
+    if (job.patience or job.best_by) and not job.eval_every:
+        raise UserError("--patience", "nothing is evaluated on the way", "add --eval-every")
+    if job.eval_every and not job.eval_batches:
+        raise UserError("--eval-every", "there is nothing to evaluate on", "add --eval-batches")
 
 
 def _find_lr(
     flags: JobFlags, names: list[str], profile: Path | None, out: Path | None, as_json: bool, quiet: bool
 ) -> None:
     """Print what each learning rate did and, as the last line, the flag to use; or all of it as JSON."""
-
     job = replace(flags.job(names, {**LR_SEARCH, "padding": "longest"}), warmup_steps=0)
     settings = training_settings(job, names[0], profile)
 
