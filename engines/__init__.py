@@ -295,7 +295,7 @@ EXTERNAL_PREFIX = "external:"
 """Of the names of trainers that are not ours; what follows is the user's."""
 
 _EXTERNAL = EngineEntry(
-    target="harness.runs.external:ExternalTrainer",
+    target="harness.runs.external.trainer:ExternalTrainer",
     settings="engines.settings.external:ExternalSettings",
     costs="engines.costs.external:traffic",
     summary="another trainer, started as a command",

@@ -29,7 +29,7 @@ from harness.records.upgrades import UPGRADES, save_upgrades
 from harness.resolve import resolve_shape
 from harness.runs.attempt import MatrixRate
 from harness.runs.emulate import Emulated, emulated
-from harness.runs.external import external_plans
+from harness.runs.external.description import external_plans
 from harness.runs.launch import WORK, launch_probe
 from harness.runs.ranks import check_gpus
 from harness.runs.sweep import Cell, SweepEvent, SweepOptions, missing, run_sweep

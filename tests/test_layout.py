@@ -410,10 +410,10 @@ def code_of(path: Path) -> str:
 
 HAZARDS: dict[str, set[str]] = {
     "pynvml": {"profiles.system.nvml"},
-    "subprocess.Popen": {"harness.runs.processes", "harness.runs.external"},
+    "subprocess.Popen": {"harness.runs.processes", "harness.runs.external.trainer"},
     "perf_counter": {
         "harness.runs.measure",
-        "harness.runs.external",
+        "harness.runs.external.trainer",
         "profiles.probe.timing",
         "engines.transfer.clock",
     },
@@ -436,7 +436,7 @@ def test_one_place_for_each_hazard(call: str) -> None:
 
 PARSES = {
     "engines.settings.parse", "harness.records.settings", "harness.records.job", "profiles.planning.plan",
-    "harness.runs.external",
+    "harness.runs.external.description",
 }  # fmt: skip
 """From the command line, a job file, a file on an external trainer, a plan or record; from there on settings
 are typed."""

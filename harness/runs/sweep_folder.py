@@ -23,7 +23,7 @@ from harness.records.shared import shared_job, shared_plan
 from harness.records.upgrades import UPGRADES
 from harness.runs.attempt import dumped_job, record_path
 from harness.runs.emulate import Emulated
-from harness.runs.external import refuse_changed
+from harness.runs.external.description import refuse_changed
 from harness.runs.launch import WORK
 from profiles.documents import NewerDocument, write_whole
 from profiles.machine import MACHINE_FILE

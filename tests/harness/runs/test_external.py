@@ -15,7 +15,8 @@ from engines.errors import UserError
 from harness.pipeline import Sweep, prepare
 from harness.records.job import Job
 from harness.records.run import Run
-from harness.runs.external import ExternalTrainer, external_plans
+from harness.runs.external.description import external_plans
+from harness.runs.external.trainer import ExternalTrainer
 from harness.runs.sweep import SweepOptions, run_sweep
 from profiles.planning.plan import Plan
 
