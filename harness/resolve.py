@@ -37,7 +37,7 @@ def resolve_shape(job: Job) -> ModelShape:
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
             )
         else:
-            from harness.models.meta import shape_from_meta
+            from harness.models.counted_shape import shape_from_meta
 
             shape = shape_from_meta(
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied

@@ -134,7 +134,7 @@ INSIDE_FUNCTIONS = {
     "harness.quality.study -> harness.quality.splits": _TRAINS,
     "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
     "harness.pipeline -> harness.data.tokenized": "imports torch, which only data of files needs here",
-    "harness.resolve -> harness.models.meta": "imports torch, only for families without a closed form",
+    "harness.resolve -> harness.models.counted_shape": "imports torch; only families without a closed form",
     "harness.runs.worker -> harness.data.batches": _CHILD,
     "harness.runs.worker -> harness.data.tokenized": _CHILD,
     "harness.runs.worker -> harness.models.blueprint": _CHILD,

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from engines.base import Batch, StoredTensor
 from engines.files.checksums import SUMS, check_sums
+from engines.model.blocks import first_names
 from engines.model.randomness import is_random_setting
 from engines.shapes import ModelShape
 from harness.models.candidates import candidates_of, let_classify
@@ -22,9 +23,7 @@ from harness.models.meta import (
     CONFIGURATION_FAILURES,
     build_on_meta,
     configuration,
-    first_names_of,
     malformed,
-    persistent_buffers_of,
 )
 from harness.models.safetensors_files import names_without_place, read_weights, stored_tensors
 from harness.models.tokenizers import TOKENIZER_FILES, load_tokenizer, tokenizer_files
@@ -53,8 +52,8 @@ class ModelBlueprint:
         self.architecture = type(model).__name__
         # Taken now: an engine may take the model apart, and the export needs them whole.
         self.parameter_shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.persistent_buffers = persistent_buffers_of(model)
-        self._first_names = first_names_of(model)
+        self.persistent_buffers = _persistent_buffers_of(model)
+        self._first_names = first_names(model)
         self._weights = weights
         self._stored = stored or {}
 
@@ -174,3 +173,9 @@ def _restore_randomness(config: PretrainedConfig, original: Mapping[str, Any]) -
             _restore_randomness(inner, value)
         elif is_random_setting(name, value) and inner is not None:
             setattr(config, name, value)
+
+
+def _persistent_buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that a checkpoint has, by name."""
+    saved = set(model.state_dict())
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name in saved}

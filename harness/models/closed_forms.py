@@ -2,9 +2,9 @@
 
 They keep `recommend` and `models` off torch for these families, whether the configuration is a named
 shape's, a local folder's or the hub's: a plan takes 1.1 s and 47 MB with them. All other families are counted
-on a model on the meta device (`harness.models.meta.shape_from_meta`): 7.4 s and 440 MB. A table of named
-shapes would not do, since head, labels, tied weights and the number of blocks are the job's. Tests compare
-the closed forms with the models that transformers builds, and with `shape_from_meta`.
+on a model on the meta device (`harness.models.counted_shape.shape_from_meta`): 7.4 s and 440 MB. A table of
+named shapes would not do, since head, labels, tied weights and the number of blocks are the job's. Tests
+compare the closed forms with the models that transformers builds, and with `shape_from_meta`.
 """
 
 from __future__ import annotations

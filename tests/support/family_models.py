@@ -13,7 +13,8 @@ from engines.base import Batch, Context
 from engines.model.blocks import materialize
 from engines.shapes import Head, ModelShape, Workload
 from harness.models.blueprint import ModelBlueprint
-from harness.models.meta import build_on_meta, configuration, shape_from_meta
+from harness.models.counted_shape import shape_from_meta
+from harness.models.meta import build_on_meta, configuration
 from harness.models.weights import random_weights
 from harness.records.job import ModelSource
 

@@ -27,7 +27,8 @@ from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from harness.models.auto_classes import auto_class
 from harness.models.configs import NAMED_SHAPES, named_shape
-from harness.models.meta import build_on_meta, configuration, shape_from_meta
+from harness.models.counted_shape import shape_from_meta
+from harness.models.meta import build_on_meta, configuration
 from harness.records.job import ModelSource
 from profiles.planning.predict import predict
 

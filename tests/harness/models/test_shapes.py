@@ -22,7 +22,7 @@ from harness.models.auto_classes import auto_class
 from harness.models.blueprint import make_blueprint
 from harness.models.closed_forms import CLOSED_FORMS
 from harness.models.configs import NAMED_SHAPES, load_config, named_shape, shape_of_config
-from harness.models.meta import shape_from_meta
+from harness.models.counted_shape import shape_from_meta
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
 
