@@ -16,6 +16,7 @@ from profiles.units import (
     format_bytes,
     format_elements,
     format_flops,
+    format_nanoseconds,
     format_rate,
     format_seconds,
 )
@@ -134,6 +135,7 @@ FIGURES: tuple[FigureRow, ...] = (
     _row("cpu.matmul_bf16_flops", "CPU matrix product bf16", format_flops, "brief", "predict", "report"),
     _row("cpu.adam_elements_per_s", "CPU AdamW, elements", format_elements, "brief", "predict", "report"),
     _row("cpu.adamw_kernel_elements_per_s", "this program's AdamW", format_elements, "brief", "predict"),
+    _row("cpu.python_turn_s", "a turn of a Python loop", format_nanoseconds, "brief", "predict", "doctor"),
     _row("cpu.forward_launch_s", "starting an operation", format_seconds, "brief", "predict"),
     _row("cpu.training_launch_s", "the same with autograd", format_seconds, "brief", "predict"),
     _row("cpu.graph_launch_s", "a kernel of a CUDA graph", format_seconds, "brief", "predict"),

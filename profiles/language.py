@@ -61,8 +61,17 @@ def filled(text: str, values: Mapping[str, object]) -> str:
 
 
 _NUMBER = r"[+-]?[\d.,]+(?:e[+-]?\d+)?"
-_QUANTITY = re.compile(rf"({_NUMBER}) (s|min|h|us|days|years|JPY)", re.ASCII)
-_UNITS = {"s": "秒", "min": "分", "h": "時間", "us": "マイクロ秒", "days": "日", "years": "年", "JPY": "円"}
+_QUANTITY = re.compile(rf"({_NUMBER}) (s|min|h|us|ns|days|years|JPY)", re.ASCII)
+_UNITS = {
+    "s": "秒",
+    "min": "分",
+    "h": "時間",
+    "us": "マイクロ秒",
+    "ns": "ナノ秒",
+    "days": "日",
+    "years": "年",
+    "JPY": "円",
+}
 _SHAPES = {"band": "{}\uff5e{}", "bracket": "{}\uff08{}\uff09"}
 _BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) to ({_NUMBER}(?: [A-Za-z/]+)?)", re.ASCII)
 _WITH_BAND = re.compile(rf"({_NUMBER}(?: [A-Za-z]+)?) \(({_NUMBER} to {_NUMBER})\)", re.ASCII)

@@ -171,6 +171,10 @@ class Cpu:
     adamw_kernel_elements_per_s: Figure = NOT_PROBED
     """This program's compiled AdamW (`engines.cpu_updates.adamw`) over bf16 weights with fp32 moments, larger
     than the caches: 26 bytes of memory an element, on the threads that training leaves it."""
+    python_turn_s: Figure = NOT_PROBED
+    """What one turn of a plain Python loop takes: how fast a core runs, apart from any GPU. Where it was
+    measured, it and the times below are over windows: short ones, spread over the probe's time and over the
+    cores, of which each counts as one sample. Before, they were of one window and one core."""
     forward_launch_s: Figure = NOT_PROBED
     training_launch_s: Figure = NOT_PROBED
     """What it takes to start one operation of a transformer on the GPU, without and with autograd."""

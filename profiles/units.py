@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 from engines.errors import UserError
@@ -76,6 +77,18 @@ def format_seconds(seconds: float | None) -> str:
     if size >= 1e-3:
         return f"{_digits(seconds * 1e3)} ms"
     return f"{_digits(seconds * 1e6)} us"
+
+
+def format_nanoseconds(seconds: float | None) -> str:
+    """What takes less than a microsecond, such as `34.9 ns`; `None` is 'not measured'."""
+    return NOT_MEASURED if seconds is None else f"{_digits(seconds * 1e9)} ns"
+
+
+def format_span(low: float, high: float, form: Callable[[float | None], str]) -> str:
+    """Such as `24.2 to 30.7 GB/s`: the unit once where both have it."""
+    first, last = form(low), form(high)
+    number, _, unit = first.partition(" ")
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def parse_bytes(text: str, option: str = "size") -> int:

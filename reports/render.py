@@ -19,7 +19,8 @@ from profiles.language import Language, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide, state_text
 from reports.findings.governance import governance_lines
-from reports.judging.untried import Untried, untried_of
+from reports.findings.host_speed import about_speeds
+from reports.judging.untried import Untried, shape_of, untried_of
 from reports.load import Broken, Loaded, load_folder
 from reports.measured.measurements import group
 from reports.messages import say
@@ -154,9 +155,10 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
     )
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
+    unlike = about_speeds(loaded.runs, loaded.machine, shape_of(loaded))
     return replace(
         verdict,
-        warnings=(*unsound, *unreadable, *verdict.warnings),
+        warnings=(*unsound, *unreadable, *unlike, *verdict.warnings),
         governance=governance_lines(loaded.runs),
     )
 

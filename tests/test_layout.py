@@ -43,7 +43,7 @@ TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data",),
         ("resolve", "runs"),
         ("training", "pipeline"),
-        ("recommendation", "calibrate", "quality"),
+        ("recommendation", "calibrate", "host_speed", "quality"),
         ("recipes",),
         ("cli",),
         ("__main__",),
@@ -99,7 +99,7 @@ TORCH_FREE = (
     "harness.resolve",
     "harness.data.padding", "harness.data.records", "harness.data.builtin", "harness.data.examples",
     "harness.data.reading", "harness.runs", "harness.pipeline", "harness.recommendation",
-    "harness.calibrate", "harness.recipes", "harness.sharing",
+    "harness.calibrate", "harness.host_speed", "harness.recipes", "harness.sharing",
     "harness.training.update_log", "harness.cli",
     "reports",
 )  # fmt: skip

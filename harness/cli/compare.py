@@ -41,6 +41,7 @@ from harness.cli.quality import study_seen
 from harness.cli.suites import SuiteFlags, suite_seen
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import grid_table, host_line, runs_table
+from harness.host_speed import explains
 from harness.pipeline import ROUNDS, Sweep, planned_cells, prepare
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
@@ -132,7 +133,8 @@ def compare(
     if as_json:
         typer.echo(to_json(tuple(runs)), nl=False)
     else:
-        console().print(runs_table(runs))
+        explained = {run.id for run in runs if explains(run, ready.machine, ready.shape)}
+        console().print(runs_table(runs, explained))
         if (unlike := other_host(runs, ready.machine)) is not None:
             console(stderr=True, quiet=quiet).print(host_line(unlike), markup=False, soft_wrap=True)
         typer.echo(by_name("reports.render:what_to_do")(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +118,11 @@ def _measured_table(columns: Sequence[Column[Run]], runs: Sequence[Run]) -> Tabl
     return table
 
 
-def runs_table(runs: Sequence[Run]) -> RenderableType:
-    """What was measured, one row per run; below it why runs failed, and each method beside native."""
+def runs_table(runs: Sequence[Run], explained: Collection[str] = ()) -> RenderableType:
+    """What was measured, one row per run; below it why runs failed, and each method beside native. Steps of
+    runs whose ids are `explained` missed their range for the processor's speed."""
     reasons = {
-        engine: list(bands_missed([run for run in runs if run.engine == engine]))
+        engine: list(bands_missed([run for run in runs if run.engine == engine], explained))
         for engine in dict.fromkeys(run.engine for run in runs)
     }
     for run in runs:
@@ -204,11 +205,11 @@ def _run_notes(run: Run) -> Iterator[str]:
         yield f"{run.end_state}: {run.end_reason}"
 
 
-def bands_missed(runs: Sequence[Run]) -> Iterator[str]:
+def bands_missed(runs: Sequence[Run], explained: Collection[str] = ()) -> Iterator[str]:
     """That steps of a method's `runs` took less or more than the range that was predicted: a line for those
-    below it and one for those above, of each range. Not of an emulated machine: its GPU is predicted for, and
-    the GPU that computed has a speed of its own."""
-    missed: dict[tuple[str, str], list[float]] = {}
+    below it and one for those above, of each range, and apart for those that are `explained`, which says so.
+    Not of an emulated machine: its GPU is predicted for, and the GPU that computed has a speed of its own."""
+    missed: dict[tuple[str, str, bool], list[Run]] = {}
     for run in runs:
         predicted, taken_s = run.predicted, run.summary.step_s_median
         if predicted is None or taken_s is None or run.environment.emulated is not None:
@@ -217,12 +218,18 @@ def bands_missed(runs: Sequence[Run]) -> Iterator[str]:
         if low_s is None or high_s is None or low_s <= taken_s <= high_s:
             continue
         side = "faster" if taken_s < low_s else "slower"
-        missed.setdefault((side, _span(low_s, high_s)), []).append(taken_s)
-    for (side, span), times_s in missed.items():
-        yield (
-            f"{side} than the range predicted: {_span(min(times_s), max(times_s))}, not {span}; "
-            "'recommend --calibrate FOLDER' learns from it"
-        )
+        missed.setdefault((side, _span(low_s, high_s), run.id in explained), []).append(run)
+    for (side, span, is_explained), those in missed.items():
+        taken = _span_of(run.summary.step_s_median for run in those)
+        started = _span_of(run.summary.forward_launch_s for run in those)
+        why = f"the processor explains it, which took {started} to start an operation"
+        why = why if is_explained else "'recommend --calibrate FOLDER' learns from it"
+        yield f"{side} than the range predicted: {taken}, not {span}; {why}"
+
+
+def _span_of(times_s: Iterable[float | None]) -> str:
+    known = [time_s for time_s in times_s if time_s is not None]
+    return _span(min(known), max(known)) if known else NOT_MEASURED
 
 
 def host_line(found: OtherHost) -> str:

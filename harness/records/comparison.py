@@ -23,6 +23,7 @@ from harness.records.stats import (
     same_or_different,
 )
 from profiles.machine import Machine
+from profiles.rates import launch_time
 
 BesideNative = Literal["faster", "slower", "same", "undecided"]
 
@@ -144,7 +145,7 @@ def other_host(runs: Sequence[Run], machine: Machine | None) -> OtherHost | None
     `OTHER_HOST_FACTOR`. `None` too where that was not measured, or a smaller machine was emulated."""
     if machine is None or not machine.cpu.forward_launch_s.value:
         return None
-    profile = machine.cpu.forward_launch_s
+    expected = launch_time(machine, machine.cpu.forward_launch_s)
     taken = [
         run.summary.forward_launch_s
         for run in runs
@@ -152,6 +153,9 @@ def other_host(runs: Sequence[Run], machine: Machine | None) -> OtherHost | None
     ]
     if not taken:
         return None
-    found = OtherHost(taken_s=statistics.median(taken), profile_s=profile.low or profile.value or 0.0)
-    factor = found.taken_s / found.profile_s
-    return None if 1 / OTHER_HOST_FACTOR < factor < OTHER_HOST_FACTOR else found
+    value = expected.value or 0.0
+    found = OtherHost(taken_s=statistics.median(taken), profile_s=value)
+    # Where cores have two speeds, the profile has both.
+    has_windows = machine.cpu.python_turn_s.value is not None
+    low, high = (expected.low or value, expected.high or value) if has_windows else (value, value)
+    return None if low / OTHER_HOST_FACTOR < found.taken_s < high * OTHER_HOST_FACTOR else found

@@ -105,6 +105,10 @@ class Summary:
     forward_launch_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
     """What starting an operation without autograd took this process's CPU after the run, by the probe's own
     measure. `None`: there is no GPU, or the record is of before this was measured."""
+    python_turn_before_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    python_turn_after_s: Annotated[float | None, Field(exclude_if=lambda value: value is None)] = None
+    """What a turn of a plain Python loop took this process just before the steps that count and just after
+    them: how fast its core ran (`profiles.probe.core_speed`). `None`: likewise."""
     peak_gpu_allocated_bytes: int | None = None
     peak_gpu_reserved_bytes: int | None = None
     peak_gpu_nvml_bytes: int | None = None

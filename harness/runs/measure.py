@@ -28,6 +28,7 @@ from harness.records.metrics import majority_class, share_right
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
 from harness.runs.emulate import AppliedLimits
+from profiles.probe.core_speed import python_turn_s
 from profiles.probe.launches import DEVICE, forward_s
 
 ENERGY_WINDOW_S = 1.0
@@ -91,6 +92,9 @@ class RunRecording:
     """Time of each evaluation."""
     energy_j: float | None = None
     """GPU board, per step."""
+    python_turn_before_s: float | None = None
+    python_turn_after_s: float | None = None
+    """Of a Python loop, just before the steps that count and just after them; `None` without CUDA."""
     pinned_bytes: int | None = None
     landed_share: float | None = None
     traced: bool = False
@@ -140,6 +144,8 @@ class RunRecording:
             setup_parts_s=dict(self.setup_parts.parts_s),
             pinned_bytes=self.pinned_bytes,
             energy_j=self.energy_j,
+            python_turn_before_s=self.python_turn_before_s,
+            python_turn_after_s=self.python_turn_after_s,
             idle_s=_median(
                 [
                     None if stats.gpu_s is None else max(0.0, sample.step_s - stats.gpu_s)
@@ -240,6 +246,8 @@ def _take_steps(
 ) -> None:
     total = scenario.warmup_steps + scenario.steps
     energy_start_j: float | None = None
+    if not scenario.is_drained:  # what is under way between two steps is not to be held up
+        recording.python_turn_before_s = core_speed_s()
     window_start_s = last_s = clock()
 
     def record(step: int, step_s: float, stats: StepStats | None) -> None:
@@ -253,6 +261,7 @@ def _take_steps(
             if step == scenario.warmup_steps:
                 if scenario.is_drained:
                     engine.synchronize()
+                    recording.python_turn_before_s = core_speed_s()
                 energy_start_j = energy_j() if energy_j is not None else None
                 window_start_s = last_s = clock() if scenario.is_drained else last_s
             try:
@@ -272,6 +281,8 @@ def _take_steps(
             if scenario.has_loss and not math.isfinite(stats.loss):
                 raise NonFiniteLoss(f"the loss became {stats.loss} in step {step}")
     counted = sum(not sample.warmup for sample in recording.samples)
+    if counted:
+        recording.python_turn_after_s = core_speed_s()
     _take_energy(recording, energy_j, energy_start_j, last_s - window_start_s, counted)
 
 
@@ -290,14 +301,20 @@ def _take_energy(
         recording.energy_j = (end_j - start_j) / steps
 
 
+def _has_cuda() -> bool:
+    """Whether this process has a CUDA context of torch's. Never imports torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
 def gpu_peaks() -> tuple[int | None, int | None]:
     """Peak bytes (allocated, reserved) of torch's CUDA allocator in this process; `None` without CUDA.
 
     Never imports torch: a run that has not imported it has no peak.
     """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not _has_cuda():
         return None, None
+    torch = sys.modules["torch"]
     return int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
 
 
@@ -345,6 +362,12 @@ def compile_s() -> float | None:
         return None
 
 
+def core_speed_s() -> float | None:
+    """Seconds that a turn of a Python loop takes this process now, in some 10 ms. `None` without CUDA: what
+    waits for a core there is no GPU."""
+    return python_turn_s() if _has_cuda() else None
+
+
 LAUNCHES_S = 0.15
 """For which operations are started and timed after a run."""
 
@@ -353,8 +376,7 @@ def forward_launch_s() -> float | None:
     """Seconds that starting an operation takes this process now, as the probe measures it: the machine's
     profile may be of another host, or of one that was less busy. `None` without CUDA, and where there is no
     GPU memory left for the tiny model."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+    if not _has_cuda():
         return None
     with contextlib.suppress(Exception):  # the run is over and has its result
         return forward_s(LAUNCHES_S, DEVICE).low

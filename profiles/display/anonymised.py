@@ -9,7 +9,9 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from profiles.display.core_speeds import two_speeds_text
 from profiles.display.tables import machine_caption, machine_sections
+from profiles.language import translated
 from profiles.machine import Machine
 
 REMOVED = "[removed]"
@@ -29,6 +31,8 @@ def machine_page(machine: Machine, private: Collection[str] | None = None) -> st
         lines += ["|  | value | range | origin |", "| --- | ---: | --- | --- |"]
         lines += ["| " + " | ".join(_cell(text, names) for text in row) + " |" for row in section]
         lines.append("")
+    if (speeds := two_speeds_text(machine.cpu)) is not None:
+        lines += [_cell(translated(speeds), names), ""]
     lines += [_cell(machine_caption(machine), names), ""]
     return "\n".join(lines)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from profiles.display.core_speeds import two_speeds_text
 from profiles.figures import EACH_GPU, Format, figures_of
 from profiles.language import enumerated, translated, word
 from profiles.machine import NOT_PROBED, Cpu, Figure, Gpu, HostMemory, LinkFigures, Machine
-from profiles.units import NOT_MEASURED, format_bytes, format_seconds
+from profiles.units import NOT_MEASURED, format_bytes, format_seconds, format_span
 
 Cells = tuple[str, str, str, str]
 """What, value, range, origin."""
@@ -32,7 +33,8 @@ def machine_table(machine: Machine) -> RenderableType:
         for row in section:
             table.add_row(*(_plain(word(cell)) for cell in row))
         table.add_section()
-    return table
+    speeds = two_speeds_text(machine.cpu)
+    return table if speeds is None else Group(table, Text(translated(speeds)))
 
 
 def machine_sections(machine: Machine) -> list[list[Cells]]:
@@ -63,12 +65,10 @@ def figure_cells(figure: Figure, form: Format) -> tuple[Text, Text, Text]:
 
 
 def _span(figure: Figure, form: Format) -> str:
-    """Such as `24.2 to 30.7 GB/s`; empty where the figure has no range."""
+    """Empty where the figure has no range."""
     if figure.low is None or figure.high is None:
         return ""
-    low, high = form(figure.low), form(figure.high)
-    number, _, unit = low.partition(" ")
-    return f"{number if high.endswith(f' {unit}') else low} to {high}"
+    return format_span(figure.low, figure.high, form)
 
 
 def _gpu_rows(gpu: Gpu) -> list[Cells]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from profiles.display.core_speeds import two_speeds_text
 from profiles.doctor.findings import Answer, Finding
 from profiles.machine import LinkFigures, Machine
 from profiles.rates import COPY_WRITE_ALLOCATE
@@ -69,6 +70,24 @@ def check_busy(machine: Machine) -> Answer:
         evidence=why + (f"; {cpu.pressure}" if cpu.pressure else ""),
         cause="other processes, or another tenant of this machine",
         remedy="stop them and probe again: figures of CPU and memory, and plans on them, are too slow",
+    )
+
+
+def check_core_speeds(machine: Machine) -> Answer:
+    cpu = machine.cpu
+    if cpu.python_turn_s.value is None:
+        return "how fast its cores run was not measured, which a probe with a GPU does"
+    evidence = two_speeds_text(cpu)
+    if evidence is None:
+        return None
+    return Finding(
+        severity="warning",
+        title="cores run at two speeds",
+        evidence=evidence,
+        cause="each core of a virtual machine is one half of a physical one, and its other half is busy or "
+        "not",
+        remedy="a host of one's own, or physical cores; else compare methods by several rounds, interleaved "
+        "('compare --rounds 5')",
     )
 
 

@@ -19,6 +19,7 @@ from profiles.doctor.checks_gpu import (
 )
 from profiles.doctor.checks_host import (
     check_busy,
+    check_core_speeds,
     check_disk,
     check_governor,
     check_memory_channels,
@@ -49,6 +50,7 @@ CHECKS: dict[str, MachineCheck] = {
     "pinned limit": of_link(check_pinned_limit),
     "CPU threads": of_machine(check_threads),
     "busy machine": of_machine(check_busy),
+    "core speeds": of_machine(check_core_speeds),
     "CPU governor": of_machine(check_governor),
     "memory channels": of_machine(check_memory_channels),
     "swap": of_machine(check_swap),

@@ -5,6 +5,10 @@ operations.
 The transformer is real and tiny, so that a GPU is done with each operation before the next one is started and
 the time is the CPU's: Python of the model library, of torch, and of the driver. A block counts as many
 operations as the cost model counts for it.
+
+Cores may run at two speeds (`profiles.probe.core_speed`), so operations are started in short windows, each
+after another measurement and on another core, beside a plain Python loop; a window's quickest pass is one
+sample of its figure.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from typing import Any
 
 from engines.costs.transformer import GATED_LAUNCHES
 from profiles.machine import NOT_PROBED, Figure, absent
-from profiles.probe.timing import Action, Meter, figure, host_samples
+from profiles.probe.core_speed import on_core, python_turn_s
+from profiles.probe.timing import Action, Meter, figure, host_samples, one_line
 
 DEVICE = "cuda"
 
@@ -31,14 +36,18 @@ PRODUCTS = 40
 """Of each size, as a graph: starting them takes no time then."""
 PRODUCT_SHAPES = ((1024, 1024, 1024), (2048, 1024, 1024), (2048, 2048, 2048))
 """Rows, columns and inner dimension, as in blocks of 0.3 to 1.3 billion parameters."""
-NUM_MEASUREMENTS = 5
+NUM_MEASUREMENTS = 3
+"""The first window, kernels of a graph, products."""
+WINDOW_SHARE = {"forward_s": 0.08, "training_s": 0.12, "triton_s": 0.03}
+"""Of the time for one measurement: ten windows together take what three measurements would."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launches:
-    """Seconds of the CPU's for each operation; of a graph, those of the GPU for each of its kernels, and for
-    each product beside its operations."""
+    """Seconds of the CPU's for each operation, and for a turn of a Python loop; of a graph, those of the GPU
+    for each of its kernels, and for each product beside its operations."""
 
+    python_turn_s: Figure = NOT_PROBED
     forward_s: Figure = NOT_PROBED
     training_s: Figure = NOT_PROBED
     graph_s: Figure = NOT_PROBED
@@ -46,27 +55,87 @@ class Launches:
     product_s: Figure = NOT_PROBED
 
 
-def probe_launches(meter: Meter, product_flops: Figure) -> Launches:
-    """`product_flops` is the rate of a large bf16 product in bursts, which these are too."""
-    return Launches(
-        forward_s=_measured(meter, "operations without autograd", forward_s),
-        training_s=_measured(meter, "operations with autograd", training_s),
-        graph_s=_measured(meter, "kernels of a CUDA graph", graph_s),
-        triton_s=_measured(meter, "Triton kernels", triton_s),
-        product_s=meter.measure(
+class Windows:
+    """Short windows in which operations are started, on another core each."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._timed: dict[str, Callable[[float], Figure]] = {}
+        self._samples: dict[str, list[float]] = {}
+        self._methods: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
+        self._visits = 0
+
+    def begin(self, seconds: float) -> Figure:
+        """Makes what is started, and takes the first window; `seconds` is the time for one measurement. The
+        turns of the loop in it."""
+        self._seconds = seconds
+        for name, make in _TIMED.items():
+            try:
+                self._timed[name] = make(DEVICE)
+                # First calls import and allocate, and autograd's thread is not to stay on a window's core.
+                self._timed[name](0.0)
+            except Exception as error:
+                self._reasons[name] = one_line(error)
+        self.take()
+        return self._figure("python_turn_s")
+
+    def take(self) -> None:
+        """One window."""
+        with on_core(self._visits):
+            self._keep("python_turn_s", python_turn_s(), "a turn of a loop of plain Python")
+            for name, timed in self._timed.items():
+                try:
+                    found = timed(WINDOW_SHARE[name] * self._seconds)
+                    self._keep(name, found.low or 0.0, found.method)
+                except Exception as error:
+                    self._reasons.setdefault(name, one_line(error))
+        self._visits += 1
+
+    def launches(self, **others: Figure) -> Launches:
+        """What all windows found, beside `others`."""
+        names = ("python_turn_s", *_TIMED)
+        return Launches(**{name: self._figure(name) for name in names}, **others)
+
+    def _keep(self, name: str, sample_s: float, method: str) -> None:
+        self._samples.setdefault(name, []).append(sample_s)
+        self._methods[name] = method
+
+    def _figure(self, name: str) -> Figure:
+        samples = self._samples.get(name)
+        if not samples:
+            return absent(self._reasons.get(name, "no window was taken"))
+        return figure(
+            samples, f"{self._methods[name]}, the quickest of each window, on one core after another"
+        )
+
+
+def probe_graphs(meter: Meter, product_flops: Figure) -> dict[str, Figure]:
+    """Of `Launches`, what does not depend on the CPU. `product_flops` is the rate of a large bf16 product in
+    bursts, which these are too."""
+    return {
+        "graph_s": meter.measure(
+            "starting kernels of a CUDA graph", lambda seconds: graph_s(seconds, DEVICE), absent
+        ),
+        "product_s": meter.measure(
             "products of middling size",
             lambda seconds: product_s(seconds, DEVICE, product_flops.value),
             absent,
         ),
-    )
-
-
-def _measured(meter: Meter, what: str, take: Callable[[float, str], Figure]) -> Figure:
-    return meter.measure(f"starting {what}", lambda seconds: take(seconds, DEVICE), absent)
+    }
 
 
 def forward_s(seconds: float, device: str) -> Figure:
     """Seconds for each operation of a forward pass without autograd."""
+    return _forward(device)(seconds)
+
+
+def training_s(seconds: float, device: str) -> Figure:
+    """The same of forward and backward passes; a backward pass counts as two forward."""
+    return _training(device)(seconds)
+
+
+def _forward(device: str) -> Callable[[float], Figure]:
     import torch
 
     model, tokens = _model(device)
@@ -75,11 +144,11 @@ def forward_s(seconds: float, device: str) -> Figure:
         with torch.no_grad():
             model(tokens, use_cache=False)
 
-    return _per_operation(action, seconds, device, GATED_LAUNCHES * BLOCKS, "forward passes, no autograd")
+    what = "forward passes, no autograd"
+    return lambda seconds: _per_operation(action, seconds, device, GATED_LAUNCHES * BLOCKS, what)
 
 
-def training_s(seconds: float, device: str) -> Figure:
-    """Seconds for each operation of forward and backward passes; a backward pass counts as two forward."""
+def _training(device: str) -> Callable[[float], Figure]:
     import torch
 
     model, tokens = _model(device)
@@ -91,7 +160,35 @@ def training_s(seconds: float, device: str) -> Figure:
         found.backward(gradient)
 
     count = 3 * GATED_LAUNCHES * BLOCKS
-    return _per_operation(action, seconds, device, count, "forward and backward passes")
+    return lambda seconds: _per_operation(action, seconds, device, count, "forward and backward passes")
+
+
+def _triton(device: str) -> Callable[[float], Figure]:
+    """Seconds that one launch of a compiled Triton kernel by Triton's own Python takes."""
+    import torch
+
+    _need_cuda(device)
+    from profiles.probe.triton_kernel import add_one
+
+    cuda: Any = torch.cuda
+    values = torch.ones(HIDDEN, device=device)
+
+    def action() -> None:
+        for _ in range(TRITON_LAUNCHES):
+            add_one[(1,)](values, HIDDEN)
+        cuda.synchronize()
+
+    def timed(seconds: float) -> Figure:
+        samples = host_samples(action, seconds)
+        return figure([each / TRITON_LAUNCHES for each in samples], "kernel[grid](...) of a Triton kernel")
+
+    return timed
+
+
+_TIMED: dict[str, Callable[[str], Callable[[float], Figure]]] = {
+    "forward_s": _forward, "training_s": _training, "triton_s": _triton,
+}  # fmt: skip
+"""Field of `Launches` -> what makes the measurement of a window on a device."""
 
 
 def graph_s(seconds: float, device: str) -> Figure:
@@ -142,25 +239,6 @@ def product_s(seconds: float, device: str, flops: float | None) -> Figure:
         del graph
     means = [sum(each) / len(each) for each in zip(*longer, strict=False)]
     return figure(means, f"torch.mm of {len(PRODUCT_SHAPES)} sizes up to 2048 in graphs of {PRODUCTS}")
-
-
-def triton_s(seconds: float, device: str) -> Figure:
-    """Seconds that one launch of a compiled Triton kernel by Triton's own Python takes."""
-    import torch
-
-    _need_cuda(device)
-    from profiles.probe.triton_kernel import add_one
-
-    cuda: Any = torch.cuda
-    values = torch.ones(HIDDEN, device=device)
-
-    def action() -> None:
-        for _ in range(TRITON_LAUNCHES):
-            add_one[(1,)](values, HIDDEN)
-        cuda.synchronize()
-
-    samples = host_samples(action, seconds)
-    return figure([each / TRITON_LAUNCHES for each in samples], "kernel[grid](...) of a Triton kernel")
 
 
 def _need_cuda(device: str) -> None:

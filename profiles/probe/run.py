@@ -77,6 +77,7 @@ def probe_machine(
             gpu_found, link_found, each_start = _device(meter, root, SUSTAINED_S[depth])
             cpu_found = replace(
                 cpu_found,
+                python_turn_s=each_start.python_turn_s,
                 forward_launch_s=each_start.forward_s,
                 training_launch_s=each_start.training_s,
                 graph_launch_s=each_start.graph_s,
@@ -87,7 +88,7 @@ def probe_machine(
                 each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
                 link_found = replace(link_found, each_gpu=each_gpu)
         except Exception as error:  # the driver lets torch see a GPU and then refuses it
-            gpu_reason = one_line(error)
+            meter.between, gpu_reason = None, one_line(error)
             gpu_found = link_found = None
     disk_found: Disk | None = None
     disk_reason: str | None = "a brief probe measures no disk"
@@ -223,10 +224,13 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
         idle = device.link() if device else link.UNKNOWN_LINK
         replays = device.replays() if device else None
         gpu_found = gpu.probe_gpu(meter, 0, device, used_bytes)
-        each_start = launches.probe_launches(meter, gpu_found.matmul_bf16_flops)
+        windows = launches.Windows()
+        meter.measure("starting operations", windows.begin, absent)
+        meter.between = windows.take  # until the GPU is left
+        graphs = launches.probe_graphs(meter, gpu_found.matmul_bf16_flops)
         gpu_found = replace(
             gpu_found,
-            product_s=each_start.product_s,
+            product_s=graphs["product_s"],
             workspace_bytes=meter.measure("workspaces of products", gpu.workspace_bytes, absent),
             process_bytes=gpu.process_bytes(device, used_bytes),
         )
@@ -245,7 +249,9 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
             replays=None if after is None or replays is None else after - replays,
         )
         sustained = gpu.sustained_flops(meter, sustained_s)
-        return replace(gpu_found, matmul_sustained_flops=sustained), link_found, each_start
+        meter.between = None
+        found = windows.launches(**graphs)
+        return replace(gpu_found, matmul_sustained_flops=sustained), link_found, found
 
 
 def _num_gpus() -> int:

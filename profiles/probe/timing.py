@@ -51,6 +51,8 @@ class Meter:
     """Time after which measurements that can be done without are left out."""
     look: Look | None = None
     """Set once a GPU is in use."""
+    between: Action | None = None
+    """Called after each measurement, for what is looked at again and again while the probe runs."""
     started_s: float = field(default_factory=time.perf_counter)
     """On the clock of `clock_s`."""
     done: int = field(default=0, init=False)
@@ -86,6 +88,8 @@ class Meter:
             return failed(one_line(error))
         finally:
             self.done += 1
+            if self.between is not None:
+                self.between()
 
     def optional(
         self,

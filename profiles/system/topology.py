@@ -6,6 +6,7 @@ Every function takes the root of the file tree to read, so that tests can lay ou
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def cpus_of_node(node: int, root: Path = ROOT) -> frozenset[int]:
         if match:
             cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(cpus)
+
+
+SLOWER_BY_DESIGN = 0.9
+"""Of the highest clock of any core: less is another kind of core, as the efficient ones of a hybrid CPU."""
+
+
+def fastest_cores(cores: Collection[int], root: Path = ROOT) -> frozenset[int]:
+    """Those of `cores` whose clock may rise as high as any other's; all of them where the kernel does not
+    tell, as in a virtual machine."""
+    highest = {}
+    for core in cores:
+        text = read_system_file(root / f"sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq") or ""
+        highest[core] = int(text) if text.isdecimal() else 0
+    least = SLOWER_BY_DESIGN * max(highest.values(), default=0)
+    return frozenset(core for core, clock in highest.items() if clock >= least)
 
 
 def numa_node_of(bus_id: str, root: Path = ROOT) -> int | None:

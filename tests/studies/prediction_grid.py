@@ -11,7 +11,8 @@ them; none of the others was. `run` measures the machine
 copy (fork) of one that has loaded the libraries and has no CUDA context, which spares ten seconds of loading
 them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
 that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is compared where it is
-several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors.
+several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors; of
+a step also with what starting an operation took the run itself, which leaves the error of the model alone.
 
 With `--edges-at-once 4` the edges come first, four at a time, each held to its own --vram: what they are
 asked is whether memory is enough, and their times say nothing then (they are left out of the table). Each run
@@ -74,6 +75,7 @@ from profiles.machine import Figure, Machine, load_machine, save_machine  # noqa
 from profiles.planning.budget import budget_of, taken_bytes  # noqa: E402
 from profiles.planning.plan import Plan  # noqa: E402
 from profiles.planning.predict import predict  # noqa: E402
+from profiles.rates import with_launches_of  # noqa: E402
 from profiles.system.nvml import open_device  # noqa: E402
 from profiles.units import parse_bytes  # noqa: E402
 
@@ -492,6 +494,9 @@ class Row:
     fits: bool
     """As the plan of its time called it."""
     step: float | None
+    step_at_its_speed: float | None
+    """With what starting an operation took the run itself in place of what the probe says, so without what
+    the host's other tenants did to either; `None`: it was not measured."""
     inside: bool | None
     """The step took what today's range says."""
     reserved: float | None
@@ -511,7 +516,10 @@ def row_of(record: Run, machine: Machine) -> Row:
     cost = cost_of(record, job)
     budget = budget_of(machine, job.limits.vram_bytes, None, None)
     now, measured = predict(cost, machine, job.workload), record.summary
-    took_s = measured.step_s_median
+    took_s, started_s = measured.step_s_median, measured.forward_launch_s
+    at_its_speed_s = None
+    if started_s is not None:
+        at_its_speed_s = predict(cost, with_launches_of(machine, started_s), job.workload).step_s
 
     def over(predicted: float | None, taken: float | None) -> float | None:
         return predicted / taken if predicted and taken and record.end_state == "ok" else None
@@ -529,6 +537,7 @@ def row_of(record: Run, machine: Machine) -> Row:
         disturbance=record.disturbance,
         fits=record.plan.fits,
         step=over(now.step_s, took_s if of_today else None),
+        step_at_its_speed=over(at_its_speed_s, took_s if of_today else None),
         inside=inside,
         reserved=over(taken_bytes(cost, budget), measured.peak_gpu_reserved_bytes)
         if needs_as_today(record)
@@ -591,6 +600,10 @@ def errors_of(rows: Sequence[Row], ratio: Callable[[Row], float | None]) -> Erro
 
 QUANTITIES: dict[str, Callable[[Row], float | None]] = {
     "step": lambda row: row.step,
+    "step, of those that timed their launches": lambda row: (
+        row.step if row.step_at_its_speed is not None else None
+    ),
+    "step, with these launches": lambda row: row.step_at_its_speed,
     "reserved GPU memory": lambda row: row.reserved,
     "host memory": lambda row: row.host,
 }
@@ -602,10 +615,11 @@ def text_of(rows: Sequence[Row]) -> str:
     def told(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
-    lines = ["| cell | end | called | step | reserved | host |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines = ["| cell | end | called | step | at the run's own launches | reserved | host |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | ---: |"]
     lines += [
         f"| {row.name} | {row.end_state} | {'fits' if row.fits else 'does not fit'} | {told(row.step)} "
-        f"| {told(row.reserved)} | {told(row.host)} |"
+        f"| {told(row.step_at_its_speed)} | {told(row.reserved)} | {told(row.host)} |"
         for row in rows
     ]
     lines += ["", "| predicted over measured | cells | median error | nine in ten within |"]

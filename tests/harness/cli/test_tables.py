@@ -16,6 +16,7 @@ from harness.records.comparison import OtherHost
 from harness.records.run import Sample
 from harness.runs.launch import SettingUp, Stepped
 from harness.runs.sweep import Cell, Ended, Planned, Started
+from profiles.language import speaking, translated
 from run_records import make_plan, make_run, make_sweep
 
 
@@ -128,6 +129,20 @@ def test_a_step_outside_the_range_that_was_predicted_is_told() -> None:
     band = replace(run.predicted, step_s_low=10.0, step_s_high=20.0)
     (line,) = tables.bands_missed([replace(each, predicted=band) for each in faster])
     assert line.startswith("faster than the range predicted: 1.00 s to 3.00 s, not 10.0 s to 20.0 s;")
+
+
+def test_a_range_that_the_processor_made_a_step_miss_says_so() -> None:
+    run = make_run("zo2", forward_launch_s=23.1e-6)
+    assert run.predicted is not None
+    run = replace(run, predicted=replace(run.predicted, step_s_low=0.1, step_s_high=0.2))
+    (line,) = tables.bands_missed([run], {run.id})
+    assert line == (
+        "slower than the range predicted: 1.00 s, not 100 ms to 200 ms; "
+        "the processor explains it, which took 23.1 us to start an operation"
+    )
+    with speaking("ja"):
+        assert translated(line) != line
+        assert "23.1 us" in translated(line) or "23.1 マイクロ秒" in translated(line)
 
 
 def test_a_processor_that_the_profile_does_not_describe_is_told() -> None:

@@ -417,6 +417,37 @@ def test_starting_operations_is_timed_after_a_run(monkeypatch: pytest.MonkeyPatc
     assert forward_launch_s() is None
 
 
+def test_the_speed_of_the_core_is_looked_at_around_the_steps_that_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outside their time, which is that of the script; not without CUDA."""
+    job = scripted_job()
+    assert record(job, make_engine(job)).summary().python_turn_before_s is None
+    events: list[object] = []
+    turns = iter((33e-9, 61e-9))
+
+    def turn_s() -> float:
+        events.append("looked")
+        return next(turns)
+
+    class Stepping(Scripted):
+        def step(self, batches: Any) -> Any:
+            events.append(len(events))
+            return super().step(batches)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(measuring, "python_turn_s", turn_s)
+    context = Context(device="cpu", workload=job.workload, seed=0, total_steps=6)
+    recording = RunRecording(tokens_per_step=8)
+    run(job, Stepping(ScriptedSettings(step_s=(1.0,)), context), recording)
+    summary = recording.summary()
+    assert (summary.python_turn_before_s, summary.python_turn_after_s) == (33e-9, 61e-9)
+    assert [sample.step_s for sample in recording.samples] == [1.0] * 6
+    assert events.index("looked") == job.warmup_steps
+    assert events[-1] == "looked"
+
+
 class SpeakingEngine(Scripted):
     """Decoding steps that take the scripted times, the first of them in the generation that warms up."""
 

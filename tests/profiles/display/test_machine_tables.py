@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 from tiny_machine import figure, make_machine
 
+from profiles.display.anonymised import machine_page
 from profiles.display.tables import figure_cells, link_text, machine_table
+from profiles.language import speaking
 from profiles.machine import Figure, GpuLink, GpuReading, Machine, absent
 from profiles.units import format_rate
 
@@ -43,6 +45,22 @@ def test_a_machine_with_a_gpu() -> None:
     assert "cgroup quota 8.0 of 16 cores" in row(text, "usable cores")
     assert "1.00 G/s" in row(text, "CPU AdamW")
     assert "GB is 1e9 bytes" in text
+
+
+def test_cores_at_two_speeds_are_told_in_words() -> None:
+    machine = make_machine()
+    turn = replace(figure(50e-9), low=32e-9, high=62e-9)
+    cpu = replace(machine.cpu, python_turn_s=turn, forward_launch_s=figure(20e-6))
+    two = replace(machine, cpu=cpu)
+    sentence = "Cores ran at two speeds: a turn of a Python loop took 32.0 to 62.0 ns (median 50.0 ns)"
+    assert sentence in " ".join(shown(two, 160).split())
+    assert sentence in machine_page(two, ())
+    with speaking("ja"):
+        assert "コアの速さが2通り" in shown(two, 160)
+        assert "コアの速さが2通り" in machine_page(two, ())
+    one = replace(machine, cpu=replace(cpu, python_turn_s=replace(turn, low=48e-9)))
+    for steady in (machine, one):
+        assert "two speeds" not in shown(steady, 160) + machine_page(steady, ())
 
 
 def test_a_machine_without_a_gpu() -> None:

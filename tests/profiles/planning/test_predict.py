@@ -39,6 +39,7 @@ from profiles.planning.plan import Prediction
 from profiles.planning.predict import (
     FORWARD_LAUNCH_S,
     GPU_ERROR,
+    GPU_MODEL_ERROR,
     GRAPH_KERNEL_S,
     KERNEL_WORKS_S,
     LAUNCH_ERROR,
@@ -52,7 +53,7 @@ from profiles.planning.predict import (
     predict,
     resource_s,
 )
-from profiles.rates import matmul
+from profiles.rates import matmul, with_launches_of
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -546,6 +547,48 @@ def test_a_time_is_that_of_the_quickest_sample_and_the_middle_one_is_the_slower_
     told = predict(cost, replace(H200, cpu=replace(H200.cpu, forward_launch_s=known)), SMALL)
     assert told.step_s_low == pytest.approx((1000 + STEP_LAUNCHES) * 8e-6 / LAUNCH_ERROR)
     assert told.step_s_high == pytest.approx((1000 + STEP_LAUNCHES) * 10e-6 * LAUNCH_ERROR)
+
+
+def test_windows_at_two_speeds_are_both_inside_the_range() -> None:
+    """Of one speed the range is narrower than without windows."""
+    cost = Traffic(
+        layers=(LayerTraffic(name="block.0", gpu_forward_flops=1.0, launches=1000),),
+        gpu_memory_bytes={},
+        host_memory_bytes={},
+    )
+
+    def told(low: float, value: float, high: float) -> Prediction:
+        starts = replace(figure(value), low=low, high=high)
+        cpu = replace(H200.cpu, forward_launch_s=starts, python_turn_s=figure(33e-9))
+        return predict(cost, replace(H200, cpu=cpu), SMALL)
+
+    count = 1000 + STEP_LAUNCHES
+    two = told(15e-6, 20e-6, 25e-6)
+    assert two.step_s == pytest.approx(count * 20e-6)
+    assert two.step_s_low == pytest.approx(count * 15e-6 / GPU_MODEL_ERROR)
+    assert two.step_s_high == pytest.approx(count * 25e-6 * GPU_MODEL_ERROR)
+    quiet = told(15e-6, 15.1e-6, 15.3e-6)
+    assert quiet.step_s_high is not None
+    assert quiet.step_s_low is not None
+    assert quiet.step_s_high / quiet.step_s_low < 1.03 * GPU_MODEL_ERROR**2 < LAUNCH_ERROR**2
+
+
+def test_a_machine_at_the_speed_of_a_run_starts_everything_as_much_slower() -> None:
+    cpu = replace(
+        H200.cpu,
+        forward_launch_s=replace(figure(16e-6), low=15e-6),
+        training_launch_s=replace(figure(18e-6), low=17e-6),
+        triton_launch_s=replace(figure(12e-6), low=10e-6),
+    )
+    windows = replace(cpu, python_turn_s=figure(33e-9))
+    for known, times in ((cpu, (15e-6, 17e-6, 10e-6)), (windows, (16e-6, 18e-6, 12e-6))):
+        found = with_launches_of(replace(H200, cpu=known), 30e-6).cpu
+        starts = (found.forward_launch_s, found.training_launch_s, found.triton_launch_s)
+        assert [each.value for each in starts] == pytest.approx([each * 30e-6 / times[0] for each in times])
+        assert found.forward_launch_s.low is None
+    unknown = with_launches_of(H200, 30e-6).cpu
+    assert unknown.forward_launch_s.value == 30e-6
+    assert unknown.training_launch_s.value is None
 
 
 def test_a_vocabulary_off_the_grid_slows_the_head_down() -> None:
