@@ -116,6 +116,11 @@ def span(low: str, high: str) -> str:
     return _two("show.range", low, high)
 
 
+def range_told(low: str, high: str, *, over_steps: bool) -> str:
+    """`1.20x to 1.90x over steps: one run`, or without what follows the numbers."""
+    return say("compared.over_steps", range=span(low, high)) if over_steps else span(low, high)
+
+
 def both(low: str, high: str) -> str:
     """Two shown numbers, between which nothing is known; a shared unit is written once."""
     return _two("show.both", low, high)

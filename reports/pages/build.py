@@ -7,7 +7,7 @@ import tomli_w
 from harness.records.job import Job
 from harness.records.stats import DISTURBED_FACTOR
 from profiles.documents import adapter
-from reports import provenance, tables
+from reports import provenance
 from reports.criteria import Criteria
 from reports.decide import Verdict
 from reports.findings import exactness
@@ -36,6 +36,9 @@ from reports.pages.methods import best_first, methods_table
 from reports.pages.phrases import disclosures, phrases
 from reports.pages.risks import gates_table, risks_table
 from reports.pages.upgrades import what_upgrades_bring
+from reports.tables.criteria import why_table
+from reports.tables.methods import memory_table, speed_table
+from reports.tables.predictions import plan_notes, prediction_table
 
 
 def document(
@@ -59,7 +62,7 @@ def document(
         ],
         "governance": _governance(verdict),
         "phrases": _phrases(loaded, verdict, all_),
-        "why": _sheets(criteria=tables.why_table(verdict)),
+        "why": _sheets(criteria=why_table(verdict)),
         "machine": _sheets(
             machine=provenance.machine_facts(loaded.machine, provenance.best_known(loaded.runs).environment)
         ),
@@ -105,15 +108,15 @@ def _of(charts: dict[str, Drawing], *names: str) -> list[Block]:
 def _methods(verdict: Verdict, all_: Measurements, charts: dict[str, Drawing]) -> list[Block]:
     blocks = _sheets(methods=methods_table(verdict, all_))
     blocks += _of(charts, "job", "step", "gpu", "host")
-    blocks += _sheets(speed=tables.speed_table(all_), memory=tables.memory_table(all_))
+    blocks += _sheets(speed=speed_table(all_), memory=memory_table(all_))
     if same := exactness.exact(all_):
         blocks.append(Paragraph(text=same, small=True))
     return blocks
 
 
 def _prediction(loaded: Loaded, all_: Measurements) -> list[Block]:
-    notes = tables.plan_notes(loaded)
-    blocks = _sheets(prediction=tables.prediction_table(loaded, all_))
+    notes = plan_notes(loaded)
+    blocks = _sheets(prediction=prediction_table(loaded, all_))
     return [*blocks, *([Bullets(items=notes, small=True)] if notes else [])]
 
 

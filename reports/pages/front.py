@@ -28,7 +28,7 @@ from reports.messages import say
 from reports.pages.document import AskedRow, FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
-from reports.tables import criteria_cells
+from reports.tables.criteria import criteria_cells
 
 MOST_RISKS = 4
 """On the first page; the rest stand in their section."""

@@ -16,7 +16,7 @@ from reports.judging.quality import beside_native_text, learned
 from reports.judging.ranking import State
 from reports.measured.measurements import Measurements, is_emulated, typical
 from reports.messages import say
-from reports.tables import fits, rare_notes
+from reports.tables.methods import fits, rare_notes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ from reports.judging.untried import Untried, to_try
 from reports.measured.measurements import group
 from reports.measured.metrics import find
 from reports.question import JobSize
-from reports.tables import rare_notes
+from reports.tables.methods import rare_notes
 from run_records import (
     emulated_run,
     make_environment,

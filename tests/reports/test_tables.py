@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from harness.records.columns import SECONDS, Column, optional
-from reports import index, provenance, tables
+from reports import index, provenance
 from reports.findings import breakdown
 from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table
 from reports.measured.measurements import Measurements, group
 from reports.messages import messages
-from reports.tables import memory_table, speed_table
+from reports.tables.methods import MEMORY, SPEED, memory_table, speed_table
+from reports.tables.predictions import PREDICTION
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep
 
 
@@ -31,9 +32,9 @@ def row_of(table: Table | None, method: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("section", "columns"),
     [
-        ("column", tables.SPEED),
-        ("column", tables.MEMORY),
-        ("column", tables.PREDICTION),
+        ("column", SPEED),
+        ("column", MEMORY),
+        ("column", PREDICTION),
         ("column", breakdown.BUSY),
         ("column", breakdown.OVERLAP),
         ("column", provenance.MACHINE),

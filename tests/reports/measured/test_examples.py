@@ -21,7 +21,7 @@ from reports.measured.examples import (
     share_interval,
 )
 from reports.measured.measurements import group
-from reports.tables import speed_table
+from reports.tables.methods import speed_table
 from run_records import make_run, make_test_job
 
 REAL = make_test_job(model={"name": "opt-1.3b"}, data={"train": "text.txt"}, eval_batches=8)

@@ -1,7 +1,4 @@
-"""The tables of a report: methods, memory, predictions and criteria, as plain text. Pure.
-
-Longer than 400 lines: each table is a list of columns with what they show, read in one piece.
-"""
+"""Methods as rows: their speed, losses and energy, and the memory that they take. Pure."""
 
 from __future__ import annotations
 
@@ -11,36 +8,29 @@ from dataclasses import dataclass
 from engines import YARDSTICK
 from engines.errors import UserError
 from engines.settings.lsp import LspSettings
-from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
+from harness.records.columns import BYTES, SECONDS, CellValue, Column
 from harness.records.comparison import beside_native
-from harness.records.memory_limits import reserves_known
 from harness.records.run import Run
 from harness.records.stats import SAME_FACTOR, Rounds, over_runs, rare_step_s
-from profiles.language import quantity, translated
-from profiles.planning.plan import Plan, Prediction
 from profiles.units import NOT_MEASURED, format_seconds
-from reports.decide import JudgedCriterion, Verdict, asked, measured_value
 from reports.format import (
     JOULES,
     NUMBER,
     PERCENT,
-    TIMES,
     Table,
-    both,
     counted,
     joules,
     loss,
-    metric_value,
     middle,
     middle_cell,
     number,
     percent,
+    range_told,
     span,
     times,
 )
 from reports.judging.quality import examples_text, sequences_text
 from reports.judging.stated import ratio_text
-from reports.load import Loaded, engine_order
 from reports.measured.examples import loss_over_sequences, over_examples
 from reports.measured.measurements import (
     DOES_NOT_FIT,
@@ -55,58 +45,6 @@ from reports.measured.measurements import (
 )
 from reports.measured.metrics import find
 from reports.messages import say
-
-
-def criteria_cells(
-    verdict: Verdict, all_: Measurements
-) -> tuple[tuple[JudgedCriterion, tuple[str, ...]], ...]:
-    """Each criterion with its cells: name, asked, measured, predicted, outcome, runs."""
-    return tuple((row, tuple(quantity(cell) for cell in _criterion_cells(row, all_))) for row in verdict.rows)
-
-
-def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...]:
-    measured = measured_value(row)
-    if (
-        row.runs != 2
-        and row.measured_low is not None
-        and row.measured_high is not None
-        and row.measured_low < row.measured_high
-    ):
-        low, high = metric_value(row.metric, row.measured_low), metric_value(row.metric, row.measured_high)
-        if low != high:
-            measured = say("table.with_range", value=measured, range=_range(low, high, row.over_steps))
-    expected = say("table.not_predicted")
-    if row.predicted is not None:
-        expected = metric_value(row.metric, row.predicted)
-    if row.metric in ("gpu_memory_share", "gpu_memory_gib"):
-        if row.measured is not None:
-            taken = "reserved" if reserves_known(all_.of(row.engine).ok) else "tensors"
-            measured = say(f"table.{taken}", value=measured)
-        if row.predicted is not None:
-            expected = say("table.tensors", value=expected)
-    what = say(
-        "table.criterion", metric=say(f"metric.{row.metric}"), engine=row.engine, id=row.id, level=row.level
-    )
-    return (
-        what,
-        asked(row),
-        measured,
-        expected,
-        say(f"outcome.{row.outcome.replace(' ', '_')}"),
-        ", ".join(row.evidence) or say("tile.none"),
-    )
-
-
-WHY: tuple[Column[JudgedCriterion], ...] = (
-    Column("criterion", lambda row: row.id),
-    Column("why", lambda row: translated(row.why)),
-    Column("evidence", lambda row: ", ".join(row.evidence) or say("tile.none")),
-)
-
-
-def why_table(verdict: Verdict) -> Table | None:
-    """Why each criterion is asked, and the runs that it was judged on."""
-    return Table.of(WHY, verdict.rows) if verdict.rows else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,103 +207,6 @@ def memory_table(all_: Measurements) -> Table:
     return Table.of(MEMORY, _methods(all_), say("tablenote.memory"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quantity:
-    """One thing of one method that was predicted and measured."""
-
-    engine: str
-    name: str
-    unit: Unit
-    predicted: float | None
-    measured: float | None
-    range: str = ""
-    """That was predicted; empty: none."""
-    both: tuple[float, float] | None = None
-    """What was measured in two runs, which have no median."""
-
-
-def _predicted(one: Quantity) -> str:
-    if not one.predicted:
-        return say("table.not_predicted")
-    shown = one.unit.show(one.predicted)
-    return say("table.with_range", value=shown, range=one.range) if one.range else shown
-
-
-def _measured(one: Quantity) -> str | None:
-    if one.both is not None:
-        return both(*map(one.unit.show, one.both))
-    return None if one.measured is None else one.unit.show(one.measured)
-
-
-def _over_predicted(one: Quantity) -> CellValue:
-    if not one.predicted or one.measured is None:
-        return None
-    if one.both is not None:
-        return span(*(times(each / one.predicted) for each in one.both))
-    return one.measured / one.predicted
-
-
-PREDICTION: tuple[Column[Quantity], ...] = (
-    Column("method", lambda one: one.engine),
-    Column("quantity", lambda one: say(f"table.{one.name}")),
-    Column("predicted", _predicted),
-    Column("measured", lambda one: _measured(one)),
-    Column("ratio", lambda one: _over_predicted(one), TIMES),
-)
-
-
-def prediction_table(loaded: Loaded, all_: Measurements) -> Table:
-    """Predicted beside measured, and their ratio: step time, GPU memory, host memory."""
-    plans = {plan.engine: plan.prediction for plan in reversed(loaded.plans)}  # the first of an engine's
-    engines = sorted({*all_.rounds, *plans}, key=engine_order)
-    rows = [row for engine in engines for row in _quantities(all_.of(engine), plans.get(engine))]
-    return Table.of(PREDICTION, rows, say("tablenote.prediction"))
-
-
-def _quantities(rounds: Rounds, planned: Prediction | None) -> Iterator[Quantity]:
-    """Memory only where it is predicted or measured."""
-    expected = predicted(rounds) or planned
-    if expected is None:
-        return
-    yield Quantity(
-        engine=rounds.engine,
-        name="step_time",
-        unit=SECONDS,
-        predicted=expected.step_s,
-        measured=rounds.step_s.median if rounds.step_s else None,
-        both=(rounds.step_s.low, rounds.step_s.high) if rounds.step_s and rounds.step_s.count == 2 else None,
-        range=span(format_seconds(expected.step_s_low), format_seconds(expected.step_s_high)),
-    )
-    memory: tuple[tuple[str, int | None, Callable[[Run], float | None]], ...] = (
-        ("gpu_memory", expected.peak_gpu_bytes, lambda run: run.summary.peak_gpu_allocated_bytes),
-        ("host_memory", expected.peak_host_bytes, lambda run: run.summary.peak_host_bytes),
-    )
-    for name, bytes_, value in memory:
-        peak = largest(rounds, value)
-        if peak is not None or bytes_:
-            yield Quantity(engine=rounds.engine, name=name, unit=BYTES, predicted=bytes_, measured=peak)
-
-
-def plan_notes(loaded: Loaded) -> tuple[str, ...]:
-    """Per method: the settings chosen, what is predicted to limit it, and on what that rests."""
-    return tuple(
-        say(
-            "plan.note",
-            engine=plan.engine,
-            settings=", ".join(f"{key}={value}" for key, value in sorted(plan.settings.items()))
-            or say("plan.defaults"),
-            bottleneck=translated(plan.prediction.bottleneck or "") or say("plan.no_bottleneck"),
-            basis=translated(plan.prediction.basis.rstrip(".")),
-            reasons=say("plan.reasons", reasons=_reasons(plan)) if plan.reasons else "",
-        )
-        for plan in loaded.plans
-    )
-
-
-def _reasons(plan: Plan) -> str:
-    return say("show.list").join(translated(reason) for reason in plan.reasons)
-
-
 def _comparison(engine: str, all_: Measurements) -> str:
     """`1.80x (1.78x to 1.82x, slower)`: the ratio to native and whether it is real, or why it is not told."""
     if engine == YARDSTICK:
@@ -386,13 +227,8 @@ def _beside(engine: str, all_: Measurements) -> str:
     if found.confidence is not None:
         return say("compared.interval", range=span(low, high), word=word)
     if over_steps(all_.of(engine), all_.of(YARDSTICK)):
-        return say("compared.range", range=_range(low, high, True), word=word)
+        return say("compared.range", range=range_told(low, high, over_steps=True), word=word)
     return word
-
-
-def _range(low: str, high: str, of_steps: bool) -> str:
-    """`1.20x to 1.90x over steps: one run`, or without what follows the numbers."""
-    return say("compared.over_steps", range=span(low, high)) if of_steps else span(low, high)
 
 
 def _first_to_last(first: float | None, last: float | None, show: Callable[[float | None], str]) -> str:
