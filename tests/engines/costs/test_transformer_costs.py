@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engines.costs.memory.activations import saved_activation_bytes
 from engines.costs.memory.segments import lost_between_matrices
-from engines.costs.native import PIECES_BYTES
 from engines.costs.table import traffic
 from engines.costs.transformer import (
     BlockPasses,
@@ -61,15 +60,67 @@ def test_segments_of_the_allocator_lose_what_their_last_tensor_leaves(name: str,
 
 @pytest.mark.parametrize(("chunk", "lost_mib"), [("all", 0), ("256", 0), ("384", 3 * 36), ("1024", 3 * 70)])
 def test_places_of_logits_lose_what_wide_states_leave(chunk: str, lost_mib: int) -> None:
-    """Wide states of 76 MiB in places of 76, 112 and 298 MiB; 80 MB of pieces are counted anyway. A replay
-    by the allocator's rules needs 0, 113 and 228 MB more than with chunks of 64, whose places hold none."""
+    """Wide states of 76 MiB in places of 76, 112 and 298 MiB. A replay by the allocator's rules needs 0, 113
+    and 228 MB more than with chunks of 64, whose places hold none."""
     shape = named_shape("qwen2.5-0.5b")
     job = Workload(batch_size=8, seq_len=1024, dtype="bf16", checkpointing=True)
     least = {"graphs": "false", "loss_tokens": "64"}
     without = traffic("lora", shape, job, parse_settings("lora", least))
     cost = traffic("lora", shape, job, parse_settings("lora", least | {"loss_tokens": chunk}))
-    more = max(0, (lost_mib << 20) - PIECES_BYTES)
-    assert cost.gpu_apart_bytes - without.gpu_apart_bytes == more
+    assert cost.gpu_apart_bytes - without.gpu_apart_bytes == lost_mib << 20
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "recomputed", "share"),
+    [
+        ("deepseek-coder-1.3b", 4096, 0, 1.0),
+        ("deepseek-coder-1.3b", 4096, 6, 0.75),
+        ("deepseek-coder-1.3b", 1024, 0, 0.0),  # hidden states of 4 MiB share segments
+        ("opt-13b", 1280, 0, 0.0),  # a block keeps less than its gradients take
+    ],
+)
+def test_gradients_lie_where_kept_activations_were(
+    model: str, tokens: int, recomputed: int, share: float
+) -> None:
+    shape = named_shape(model)
+    job = Workload(batch_size=1, seq_len=tokens, dtype="bf16", checkpointing=True)
+    given = {"graphs": "false", "checkpointed_blocks": str(recomputed)}
+    lost = lost_between_matrices(shape, "bf16")
+    apart = traffic("native", shape, job, parse_settings("native", given)).gpu_apart_bytes
+    assert apart == pytest.approx((4 - share) * lost, abs=2 * shape.num_blocks)
+
+
+@pytest.mark.parametrize(("batch", "stays"), [(8, True), (2, False)])
+def test_hidden_states_with_segments_of_their_own_keep_what_lies_apart_of_logits(
+    batch: int, stays: bool
+) -> None:
+    shape = named_shape("opt-350m")
+    job = Workload(batch_size=batch, seq_len=2048, dtype="bf16", checkpointing=True)
+    cost = traffic("lsp", shape, job, parse_settings("lsp", {"weights": "streamed", "d": "128"}))
+    assert cost.gpu_apart_bytes > 0
+    assert cost.gpu_returned_bytes == (0 if stays else cost.gpu_apart_bytes)
+
+
+@pytest.mark.parametrize(("tokens", "lost"), [(512, 151_936 * 2 * 384), (128, 151_936 * 2 * 128), (1024, 0)])
+def test_a_head_gradient_on_its_way_to_the_host_loses_what_logits_leave_of_its_place(
+    tokens: int, lost: int
+) -> None:
+    shape = named_shape("qwen2.5-0.5b")
+    job = Workload(batch_size=1, seq_len=tokens, dtype="bf16", checkpointing=True)
+    given = {"weights": "streamed", "hidden_states": "host"}
+    there = traffic("exact-offload", shape, job, parse_settings("exact-offload", given | {"outer": "host"}))
+    assert there.gpu_apart_bytes - there.gpu_returned_bytes == lost
+    here = traffic("exact-offload", shape, job, parse_settings("exact-offload", given | {"outer": "gpu"}))
+    assert here.gpu_apart_bytes == here.gpu_returned_bytes
+
+
+def test_an_optimizer_in_the_backward_pass_has_three_gradients_of_a_tied_embedding() -> None:
+    shape = named_shape("qwen2.5-0.5b")
+    job = Workload(batch_size=8, seq_len=512, dtype="bf16", checkpointing=True)
+    given = {"loss_tokens": "256", "checkpointed_blocks": "24"}
+    settings = parse_settings("backward-optimizer", given)
+    kinds = traffic("backward-optimizer", shape, job, settings).gpu_memory_bytes
+    assert kinds["gradients"] + kinds["scratch"] == 3 * 2 * 151_936 * 896
 
 
 def test_captured_and_eager_steps_have_no_places_of_logits_to_share() -> None:

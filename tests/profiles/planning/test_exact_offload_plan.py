@@ -198,7 +198,7 @@ def large_host(total_bytes: int) -> Machine:
 @pytest.mark.parametrize(
     ("shape", "tokens", "host_gb", "vram_gb", "expected"),
     [
-        (LLAMA_30B, 8192, 560, 24, {"weights": "streamed", "outer": "host"}),
+        (LLAMA_30B, 8192, 560, 23, {"weights": "streamed", "outer": "host"}),
         (LLAMA_30B, 32768, 560, 24, {"weights": "streamed", "hidden_states": "host"}),
         (LLAMA_30B, 32768, 560, 141, {"weights": "streamed"}),
         (
@@ -208,8 +208,8 @@ def large_host(total_bytes: int) -> Machine:
             80,
             {"weights": "streamed", "moments": "bf16", "hidden_states": "host"},
         ),
-        (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
-        (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
+        (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed", "outer": "host"}),
+        (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "outer": "host", "moments": "int8"}),
         (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
         (LLAMA_70B, 32768, 128, 141, {"weights": "streamed", "disk_blocks": 76, "disk_weights": True}),
     ],

@@ -410,7 +410,7 @@ def test_zo2_leaves_a_tenth_free_of_a_gpu_without_a_named_limit() -> None:
     assert free.prediction.peak_gpu_bytes < 0.9 * 16 * GB
 
 
-@pytest.mark.parametrize("vram_bytes", [None, 24 * GB])
+@pytest.mark.parametrize("vram_bytes", [None, 23 * GB])
 def test_zo2_takes_no_number_of_blocks_that_another_is_faster_than(vram_bytes: int | None) -> None:
     """Where more blocks stay, rare downloads stop being worth it, and a step takes longer again."""
     machine, shape = find_profile(Path("rtx-3090")), named_shape("llama-3.1-8b")
@@ -633,7 +633,7 @@ def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 28
+    assert several.settings["resident_blocks"] == 29
     assert several.fits
 
 
@@ -875,9 +875,10 @@ def test_more_pinned_memory_sends_no_block_to_disk() -> None:
 def test_what_stays_free_of_an_unnamed_card_is_not_called_too_small() -> None:
     """A tenth of it does, or what `native`'s forecast may miss by; of a limit that the user named nothing."""
     workload = replace(TRAINING, batch_size=2, seq_len=1024)
-    for engine, gib, share in (("native", 14, "3%"), ("galore", 9, "10%")):
-        card = with_vram(H200, gib * 2**30)
-        limits: dict[str, dict[str, int]] = {"unnamed": {}, "named": {"vram_bytes": gib * 2**30}}
+    for engine, tenths_gib, share in (("native", 137, "3%"), ("galore", 90, "10%")):
+        room = tenths_gib * 2**30 // 10
+        card = with_vram(H200, room)
+        limits: dict[str, dict[str, int]] = {"unnamed": {}, "named": {"vram_bytes": room}}
         said = {
             name: " ".join(plan(engine, machine=card, shape=DEEPSEEK_1B, workload=workload, **limit).reasons)
             for name, limit in limits.items()

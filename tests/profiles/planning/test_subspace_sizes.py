@@ -177,7 +177,7 @@ def test_the_price_of_streaming_and_the_nearest_way_out_of_it_are_told() -> None
     work = Workload(batch_size=1, seq_len=512)
 
     def of(**values: object) -> Plan:
-        return plan(shape, machine=machine, workload=work, values=values)
+        return plan(shape, machine=machine, workload=work, values=values, vram_bytes=24_900_000_000)
 
     streamed, resident, frozen = of(), of(weights="resident"), of(train_outer=False)
     assert (streamed.settings["weights"], resident.fits, frozen.fits) == ("streamed", False, True)
