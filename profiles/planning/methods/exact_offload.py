@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from engines.costs.exact_offload import few_gradient_blocks, gradient_places, state_bytes
 from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weights
@@ -28,10 +28,12 @@ from profiles.planning.gpu_room import (
 from profiles.planning.moments import faster_moments
 from profiles.units import format_bytes, format_seconds
 
+_Place = Literal["gpu", "host"]
+
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16", "int8")
 WEIGHTS: tuple[Weights, ...] = ("resident", "streamed")
-OUTER: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
-HIDDEN_STATES: tuple[Literal["gpu", "host"], ...] = ("gpu", "host")
+OUTER: tuple[_Place, ...] = ("gpu", "host")
+HIDDEN_STATES: tuple[_Place, ...] = ("gpu", "host")
 """In the order in which they are tried."""
 
 FEWEST_GRADIENT_BLOCKS = 2
@@ -185,62 +187,118 @@ def _per_parameter(context: PlanningContext, settings: ExactOffloadSettings) -> 
 def _fitting(
     context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings
 ) -> ExactOffloadSettings:
-    """What fits: the least approximate moments; then the fastest of room for all blocks' gradients or a
-    third's, of where weights and hidden states are and of who updates what is outside the blocks, the GPU
-    where it is as fast; with blocks left to the GPU, or on disk, if need be, and last with room for the
-    fewest gradients. Where nothing fits, what takes the least of the memory that is too small."""
-    moments = (settings.moments,) if "moments" in given else MOMENTS
-    weights = (settings.weights,) if "weights" in given or settings.gpu_blocks else WEIGHTS
-    outer = (settings.outer,) if "outer" in given else OUTER
-    hidden = (settings.hidden_states,) if "hidden_states" in given else HIDDEN_STATES
-    few = few_gradient_blocks(context.shape.num_blocks)
-    chooses_room = "gradient_blocks" not in given and settings.gradient_blocks == "auto"
-    rooms: tuple[int | Literal["auto"], ...] = (settings.gradient_blocks,)
-    if chooses_room and few < context.shape.num_blocks:
-        rooms = ("auto", few)
-    tried = [
-        replace(settings, moments=m, weights=w, outer=o, hidden_states=h)
-        for h in hidden
-        for m in moments
-        for w in weights
-        for o in outer
-    ]
-    for kept in moments:
-        mine = [each for each in tried if each.moments == kept]
-        with_room = [replace(each, gradient_blocks=room) for room in rooms for each in mine]
-        fitting = [each for each in with_room if context.why_missing(each) is None]
-        if not fitting and may_leave_blocks_to_gpu(context, given, settings):
-            counts = counts_to_try(most_gpu_blocks(context, settings))
-            on_gpu = (replace(each, gpu_blocks=n) for n in counts for each in with_room if not each.streams)
-            fitting = list(islice((each for each in on_gpu if context.why_missing(each) is None), 1))
-        if fitting:
-            return _fastest(context, given, fitting)
-    if "disk_blocks" not in given and settings.offload:
-        exact_ones = [
-            replace(each, gradient_blocks=rooms[-1]) for each in tried if each.moments == moments[0]
-        ]
-        # Their states alone, and where that is not enough their weights, too.
-        for disk_weights in (False, True):
-            if disk_weights and ("disk_weights" in given or context.ranks > 1):
-                break
-            on_disk = [
-                found
-                for each in exact_ones
-                if each.weights == "streamed" or not disk_weights
-                if (found := _partly_on_disk(context, each, disk_weights=disk_weights)) is not None
+    """What fits: in memory, else partly on disk, else with room for the fewest gradients. Where nothing does,
+    what takes the least of the memory that is too small."""
+    search = _Search.of(context, given, settings)
+    return (
+        search.in_memory() or search.partly_on_disk() or search.with_fewest_gradients() or search.smallest()
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Search:
+    """What may be tried for a job, each setting in the order in which it is."""
+
+    context: PlanningContext
+    given: GivenSettings
+    settings: ExactOffloadSettings
+    """Of those that are not tried."""
+    moments: tuple[Moments, ...]
+    weights: tuple[Weights, ...]
+    outer: tuple[_Place, ...]
+    hidden_states: tuple[_Place, ...]
+    rooms: tuple[int | Literal["auto"], ...]
+    """For gradients: `gradient_blocks`."""
+
+    @classmethod
+    def of(cls, context: PlanningContext, given: GivenSettings, settings: ExactOffloadSettings) -> Self:
+        """What is not `given`."""
+        few = few_gradient_blocks(context.shape.num_blocks)
+        rooms: tuple[int | Literal["auto"], ...] = (settings.gradient_blocks,)
+        if _chooses_room(given, settings) and few < context.shape.num_blocks:
+            rooms = ("auto", few)
+        return cls(
+            context=context,
+            given=given,
+            settings=settings,
+            moments=(settings.moments,) if "moments" in given else MOMENTS,
+            weights=(settings.weights,) if "weights" in given or settings.gpu_blocks else WEIGHTS,
+            outer=(settings.outer,) if "outer" in given else OUTER,
+            hidden_states=(settings.hidden_states,) if "hidden_states" in given else HIDDEN_STATES,
+            rooms=rooms,
+        )
+
+    def in_memory(self) -> ExactOffloadSettings | None:
+        """The least approximate moments that fit; then the fastest of room for all blocks' gradients or a
+        third's, of where weights and hidden states are and of who updates what is outside the blocks, the GPU
+        where it is as fast; with blocks left to the GPU, if need be."""
+        for moments in self.moments:
+            tried = [
+                replace(each, gradient_blocks=room) for room in self.rooms for each in self._places(moments)
             ]
-            if on_disk:
-                return _fastest(context, given, on_disk)
-    if chooses_room:
-        fewer = _fitting(context, given, replace(settings, gradient_blocks=FEWEST_GRADIENT_BLOCKS))
-        if context.why_missing(fewer) is None:
-            return fewer
-    gpu_bytes = context.budget.gpu_bytes
-    least = replace(settings, moments=moments[-1], weights=weights[-1], outer=outer[0])
-    exact = replace(least, moments=moments[0], outer=outer[-1], hidden_states=hidden[-1])
-    if gpu_bytes is not None and gpu_bytes_needed(context.cost(exact), context.budget) > gpu_bytes:
-        return exact
-    return least
+            fitting = [each for each in tried if self._fits(each)] or self._left_to_gpu(tried)
+            if fitting:
+                return _fastest(self.context, self.given, fitting)
+        return None
+
+    def partly_on_disk(self) -> ExactOffloadSettings | None:
+        """Exact moments with the states of some blocks on disk, and where that is not enough with their
+        weights there, too."""
+        if "disk_blocks" in self.given or not self.settings.offload:
+            return None
+        exact = [replace(each, gradient_blocks=self.rooms[-1]) for each in self._places(self.moments[0])]
+        moves_weights = "disk_weights" not in self.given and self.context.ranks == 1
+        for disk_weights in (False, True) if moves_weights else (False,):
+            tried = [each for each in exact if each.weights == "streamed" or not disk_weights]
+            found = [_partly_on_disk(self.context, each, disk_weights=disk_weights) for each in tried]
+            if fitting := [each for each in found if each is not None]:
+                return _fastest(self.context, self.given, fitting)
+        return None
+
+    def with_fewest_gradients(self) -> ExactOffloadSettings | None:
+        if not _chooses_room(self.given, self.settings):
+            return None
+        fewest = replace(self.settings, gradient_blocks=FEWEST_GRADIENT_BLOCKS)
+        found = _fitting(self.context, self.given, fewest)
+        return found if self._fits(found) else None
+
+    def smallest(self) -> ExactOffloadSettings:
+        """Of exact moments where the GPU is too small even so, else of the most approximate."""
+        gpu_bytes = self.context.budget.gpu_bytes
+        smallest = replace(
+            self.settings, moments=self.moments[-1], weights=self.weights[-1], outer=self.outer[0]
+        )
+        exact = replace(
+            smallest, moments=self.moments[0], outer=self.outer[-1], hidden_states=self.hidden_states[-1]
+        )
+        if gpu_bytes is None:
+            return smallest
+        needed_bytes = gpu_bytes_needed(self.context.cost(exact), self.context.budget)
+        return exact if needed_bytes > gpu_bytes else smallest
+
+    def _places(self, moments: Moments) -> list[ExactOffloadSettings]:
+        """Every choice of where weights, hidden states and what is outside the blocks are."""
+        return [
+            replace(self.settings, moments=moments, weights=weights, outer=outer, hidden_states=hidden_states)
+            for hidden_states in self.hidden_states
+            for weights in self.weights
+            for outer in self.outer
+        ]
+
+    def _left_to_gpu(self, tried: Sequence[ExactOffloadSettings]) -> list[ExactOffloadSettings]:
+        """The first that fits with the fewest blocks left to the GPU, if any does."""
+        if not may_leave_blocks_to_gpu(self.context, self.given, self.settings):
+            return []
+        counts = counts_to_try(most_gpu_blocks(self.context, self.settings))
+        some = (replace(each, gpu_blocks=n) for n in counts for each in tried if not each.streams)
+        return list(islice((each for each in some if self._fits(each)), 1))
+
+    def _fits(self, settings: ExactOffloadSettings) -> bool:
+        return self.context.why_missing(settings) is None
+
+
+def _chooses_room(given: GivenSettings, settings: ExactOffloadSettings) -> bool:
+    return "gradient_blocks" not in given and settings.gradient_blocks == "auto"
 
 
 def _fastest(
