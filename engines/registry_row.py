@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+Walk = Literal["own", "watched", "block_major", "driven"]
+"""How a method goes through a model's blocks: as the model's own forward does; the same, with the blocks
+watched; all micro-batches through a block at a time; or block by block, by itself
+(`engines.model.model_check`)."""
+
 Role = Literal["reference", "baseline", "offload", "external", "test_double"]
 
 Elsewhere = Literal[
@@ -67,6 +72,9 @@ class EngineEntry:
     """These may be on several machines."""
     generates: bool = False
     """It continues prompts too."""
+    walk: Walk = "own"
+    """What it asks of a model's blocks: `engines.shapes.ModelShape.why_not_walked` says which models refuse
+    it. Settings may ask for more (`block_major`)."""
     needs_torch: bool = True
     needs_gpu: bool = False
     """It does not run on a CPU."""

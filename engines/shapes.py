@@ -5,8 +5,11 @@ A model is an embedding, like blocks one after the other, and a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from engines.registry_row import Walk
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 """Precision of the weights and of the forward pass."""
@@ -49,6 +52,37 @@ OWN_LOGITS_FAMILIES = (
 )  # fmt: skip
 """Those that scale or cap what their output matrix gives, or take a loss of their own of it: it cannot be
 computed in chunks (`engines.first_order.head_loss`)."""
+
+
+NOT_IN_ORDER = "does not call its blocks one after the other"
+NOT_ONE_BY_ONE = "its blocks cannot be run one by one"
+NOT_WATCHED = "its blocks cannot be watched"
+OTHER_GRADIENTS = "running its blocks one by one gives other gradients than the model's"
+SEVERAL_STATES = "its blocks pass on more than one hidden state of each token, which this method cannot stack"
+OWN_CHANGES = "changes its own weights in a forward pass"
+
+
+def shared_layers(calls: int, blocks: int) -> str:
+    """Of a model that calls its `blocks` so often in a pass."""
+    return f"its layers share weights: {calls} calls of {blocks}"
+
+
+_ONE_BY_ONE = {
+    "flaubert": NOT_ONE_BY_ONE, "funnel": NOT_IN_ORDER, "gemma3n_text": SEVERAL_STATES,
+    "reformer": NOT_ONE_BY_ONE, "squeezebert": NOT_IN_ORDER, "xlm": NOT_ONE_BY_ONE,
+}  # fmt: skip
+
+REFUSED_FAMILIES: Mapping[Walk, Mapping[str, str]] = {
+    "own": {},
+    "watched": {
+        "funnel": NOT_IN_ORDER, "gemma3n_text": OTHER_GRADIENTS, "openai-gpt": NOT_WATCHED,
+        "squeezebert": NOT_IN_ORDER,
+    },
+    "block_major": _ONE_BY_ONE,
+    "driven": {**_ONE_BY_ONE, "rwkv": OWN_CHANGES},
+}  # fmt: skip
+"""Values of `model_type` that a method refuses as it starts, by how it goes through blocks, and why: as the
+sweep over families found them (`engines/README.md`), so that plans say so before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +141,12 @@ class ModelShape:
     def is_causal(self) -> bool:
         """Each token sees those before it, as in every decoder; in encoders it sees all."""
         return self.head != "masked_lm" and self.family not in ENCODER_FAMILIES
+
+    def why_not_walked(self, walk: Walk) -> str | None:
+        """Why no method that goes so through a model's blocks trains this one; `None`: nothing is known."""
+        if walk != "own" and self.calls_of_a_block > 1:
+            return shared_layers(self.calls_of_a_block * self.num_blocks, self.num_blocks)
+        return REFUSED_FAMILIES[walk].get(self.family)
 
     @property
     def parameters(self) -> int:

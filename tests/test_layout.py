@@ -24,7 +24,8 @@ PACKAGES = ("engines", "harness", "profiles", "reports")
 
 TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "engines": (
-        ("errors", "registry_row", "shapes", "kernels"),
+        ("errors", "registry_row", "kernels"),
+        ("shapes",),
         ("__init__", "files", "world"),
         ("settings", "base"),
         ("costs", "transfer", "noise", "decoding"),

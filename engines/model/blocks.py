@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint
 from engines.errors import UserError
+from engines.shapes import SEVERAL_STATES
 
 TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -219,8 +220,8 @@ class BlockDriver:
         if hidden[0].dim() > 3:  # such as Gemma 3n's: several streams, and the batch second
             raise UserError(
                 type(self._model).__name__,
-                "its blocks pass on more than one hidden state of each token, which this method cannot stack",
-                "use native or lsp",
+                SEVERAL_STATES,
+                "use native",
             )
         return Recording(hidden=hidden[0], calls=calls)
 

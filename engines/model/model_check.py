@@ -41,6 +41,14 @@ from engines.model.blocks import (
 )
 from engines.model.randomness import turn_off_randomness
 from engines.model.stand_ins import on_stand_ins, tried_batch
+from engines.shapes import (
+    NOT_IN_ORDER,
+    NOT_ONE_BY_ONE,
+    NOT_WATCHED,
+    OTHER_GRADIENTS,
+    OWN_CHANGES,
+    shared_layers,
+)
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """Of a difference's norm, relative to the norm: of gradients, and where a forward differs from itself."""
@@ -69,8 +77,8 @@ def check_driven(blueprint: Blueprint, context: Context) -> None:
         versions = [parameter._version for parameter in model.parameters()]
         own = _outputs_with_each_block_once(model, inputs)
         if versions != [parameter._version for parameter in model.parameters()]:
-            raise _refusal(model, "changes its own weights in a forward pass")
-        with _refused(model, "its blocks cannot be run one by one"):
+            raise _refusal(model, OWN_CHANGES)
+        with _refused(model, NOT_ONE_BY_ONE):
             driver = BlockDriver(model)
             recording = driver.record(inputs)
             hidden = recording.hidden
@@ -95,7 +103,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
         _check_repeats(model, inputs)
         known = _known_gradients(model)
         own = _gradients(model, inputs, known)
-        with _refused(model, "its blocks cannot be watched"), no_cache(model):
+        with _refused(model, NOT_WATCHED), no_cache(model):
             watched = TrainedBlocks(model, _Nobody(), recomputed=len(blocks), graphs=False)
             try:
                 found = _gradients(model, inputs, known)
@@ -129,7 +137,7 @@ def _compare(
     repeated = again()
     usual = max(_per_element(each) for each in own.values())
     if any(not _is_rounding(own[name], found[name], repeated[name], usual) for name in unlike):
-        raise _refusal(model, "running its blocks one by one gives other gradients than the model's")
+        raise _refusal(model, OTHER_GRADIENTS)
 
 
 def check_block_major(blueprint: Blueprint, context: Context) -> None:
@@ -144,7 +152,7 @@ def check_block_major(blueprint: Blueprint, context: Context) -> None:
         _check_repeats(model, inputs)
         known = _known_gradients(model)
         own = _gradients(model, inputs, known)
-        with _refused(model, "its blocks cannot be run one by one"), no_cache(model):
+        with _refused(model, NOT_ONE_BY_ONE), no_cache(model):
             of_blocks = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
             losses: list[Tensor] = []
             passes = BlockMajor(model, of_blocks, _Adds(of_blocks), draws=False)
@@ -247,8 +255,8 @@ def _outputs_with_each_block_once(model: nn.Module, inputs: Mapping[str, Tensor]
     if called == list(range(len(blocks))):
         return found
     if len(called) > len(set(called)):
-        raise _refusal(model, f"its layers share weights: {len(called)} calls of {len(blocks)}")
-    raise _refusal(model, "does not call its blocks one after the other")
+        raise _refusal(model, shared_layers(len(called), len(blocks)))
+    raise _refusal(model, NOT_IN_ORDER)
 
 
 def _gradients(

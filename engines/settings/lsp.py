@@ -13,6 +13,10 @@ from engines.settings.exact_offload import Weights
 from engines.settings.first_order import BlockPassSettings
 
 
+NO_LINEAR_LAYERS_OF_TORCH = ("ibert",)
+"""Families whose blocks have matrices in layers of their own, which are taken for none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LspSettings(BlockPassSettings):
     """LSP-Offload (2406.10181). Symbols d, r and alpha are the paper's."""

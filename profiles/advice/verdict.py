@@ -85,11 +85,6 @@ def verdict_of(
             "the machine. "
             "Adapters, 4-bit weights and subspaces are of the matrices beside the experts."
         )
-    if fitting and shape.calls_of_a_block > 1:
-        sentences.append(
-            f"Layers of this model share their weights: {shape.calls_of_a_block} calls of a block. "
-            "Methods that take blocks one by one (offload, mezo) refuse it as they start."
-        )
     if fitting and shape.is_recurrent:
         sentences.append(
             "Blocks of this model carry a state from token to token, which is not counted and was not "

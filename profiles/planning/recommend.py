@@ -19,7 +19,7 @@ from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import why_no_accumulation
 from engines.settings.given import GivenSettings
 from engines.settings.libraries import NO_LINEAR_LAYERS, QloraSettings
-from engines.settings.lsp import LspSettings
+from engines.settings.lsp import NO_LINEAR_LAYERS_OF_TORCH, LspSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
 from engines.shapes import ModelShape, Workload
@@ -255,7 +255,11 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return f"{refused[0]}; set {refused[1]}"
     if row.needs_gpu and machine.gpu is None:
         return "needs a CUDA GPU, and this machine has none"
-    if isinstance(settings, LspSettings) and not context.shape.matrices:
+    is_block_major = isinstance(settings, LspSettings) and settings.block_major
+    if (why := context.shape.why_not_walked("block_major" if is_block_major else row.walk)) is not None:
+        return why
+    has_none = not context.shape.matrices or context.shape.family in NO_LINEAR_LAYERS_OF_TORCH
+    if isinstance(settings, LspSettings) and has_none:
         return "compresses matrices, and the blocks of this model have none"
     if isinstance(settings, QloraSettings) and context.shape.family in NO_LINEAR_LAYERS:
         return "needs linear layers for its four bits, and the blocks of this model have others; use lora"

@@ -6,9 +6,18 @@ of each kind that was once trained wrongly.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from family_configs import DECODERS, ENCODERS
+from family_models import family_model
 from family_sweep import README, YES, outcome, written
+from known_shapes import H200
+
+from engines.settings.parse import defaults
+from engines.shapes import Workload
+from harness.models.configs import named_shape
+from profiles.planning.recommend import recommend
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,6 +45,36 @@ def test_the_table_is_of_the_sweep() -> None:
 @pytest.mark.parametrize("family", KINDS)
 def test_one_family_of_each_kind_is_as_the_table_has_it(family: str) -> None:
     assert outcome(family) == written(README.read_text(encoding="utf-8"))[family]
+
+
+COLUMNS = {
+    "native": "native",
+    "lsp": "lsp",
+    "exact-offload": "exact_offload",
+    "mezo": "zeroth_order",
+    "zo2": "zeroth_order",
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_plans_refuse_what_engines_refuse(streamed: bool) -> None:
+    """By the table, which the sweep fills in with what engines say. Streamed, `lsp` goes through blocks as
+    `exact-offload` does."""
+    table = written(README.read_text(encoding="utf-8"))
+    columns = {**COLUMNS, "lsp": "exact_offload"} if streamed else COLUMNS
+    given = {"lsp": defaults("lsp").completed(weights="streamed")} if streamed else {}
+    bert = named_shape("roberta-base")
+    told, said = {}, {}
+    for family, row in table.items():
+        # Albert is refused for its calls, all others for their type.
+        shape = family_model(family).shape if family == "albert" else replace(bert, family=family)
+        for plan in recommend(H200, shape, Workload(batch_size=1, seq_len=8), list(columns), given):
+            said[family, plan.engine] = None if plan.available else plan.why_not
+            found = getattr(row, columns[plan.engine])
+            told[family, plan.engine] = None if found == YES else found
+    without = {key: said.pop(key) for key in [("ibert", "lsp")]}
+    assert [why is not None and "matrices" in why for why in without.values()] == [True]
+    assert said == {key: told[key] for key in said}
 
 
 @pytest.mark.families
