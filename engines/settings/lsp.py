@@ -12,7 +12,6 @@ from engines.settings.checks import Rounding, require
 from engines.settings.exact_offload import Weights
 from engines.settings.first_order import BlockPassSettings
 
-
 NO_LINEAR_LAYERS_OF_TORCH = ("ibert",)
 """Families whose blocks have matrices in layers of their own, which are taken for none."""
 
