@@ -7,8 +7,9 @@
 A launch is what the probe measures (`profiles.probe.launches`): what one operation of a tiny Llama's block
 takes, with autograd, or without it for methods that have forward passes only. Blocks here are tiny too, so
 that a step is Python, torch and the driver, and nothing waits for the device. A step of 12 blocks less one of
-4, over 8, is what a block takes; the quickest steps count, as they do in the prediction. On a CPU its
-arithmetic is in it; on a GPU kernels one after the other are, where the blocks are a graph.
+4, over 8, is what a block takes. Cores may run at two speeds and change within a second, so both models
+and the launch take turns, and the quickest of each count. On a CPU its arithmetic is in it;
+on a GPU kernels one after the other are, where the blocks are a graph.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from profiles.probe.launches import forward_s, training_s  # noqa: E402
 SHALLOW, DEEP = 4, 12
 """Blocks of the two models."""
 WARMUP_S = 0.3
+TURNS = 10
+"""Of both models and the launch, one after the other."""
 QUICKEST = 0.1
 """Share of the samples below which the one lies that counts."""
 HIDDEN, TOKENS = 64, 16
@@ -105,6 +108,10 @@ CASES = (
     Case(engine="adamw-8bit", family="opt", settings=COMPILED),
     Case(engine="native", family="llama", settings=COMPILED),
     Case(engine="native", family="opt", settings=COMPILED),
+    Case(engine="native", family="llama", settings=COMPILED, checkpointing=True),
+    Case(engine="native", family="llama", settings={"compile": "true", "graphs": "false"}),
+    Case(engine="native", family="opt", settings={"compile": "true", "graphs": "false"}),
+    Case(engine="backward-optimizer", family="llama", settings={"compile": "true"}),
     Case(engine="mezo", family="llama"),
     Case(engine="mezo", family="opt"),
     Case(engine="zo2", family="llama", settings={"resident_blocks": "0"}),
@@ -194,8 +201,11 @@ def counted_launches(case: Case, job: Job, shape: ModelShape) -> float:
     return sum(each.launches + each.python_launches + each.waited_launches for each in blocks) / len(blocks)
 
 
-def step_samples(case: Case, job: Job, shape: ModelShape, device: str, seconds: float) -> list[float]:
-    """Seconds of steps, each waited for."""
+@contextmanager
+def stepping(
+    case: Case, job: Job, shape: ModelShape, device: str
+) -> Iterator[Callable[[float], list[float]]]:
+    """What takes steps for so many seconds and gives those of each, which is waited for."""
     from harness.data.batches import make_data
     from harness.models.blueprint import make_blueprint
 
@@ -204,17 +214,22 @@ def step_samples(case: Case, job: Job, shape: ModelShape, device: str, seconds: 
     data = make_data(job, shape)
     batches = data.step_batches(0)
     engine.setup(make_blueprint(job, shape, batches[0]))
-    try:
-        for _ in range(3):  # compiled and captured in them
-            engine.step(batches)
+
+    def steps(seconds: float) -> list[float]:
         samples: list[float] = []
         start = time.perf_counter()
-        while time.perf_counter() - start < seconds + WARMUP_S:
+        while not samples or time.perf_counter() - start < seconds:
             before = time.perf_counter()
             engine.step(batches)
             engine.synchronize()
             samples.append(time.perf_counter() - before)
-        return samples[len(samples) // 4 :]
+        return samples
+
+    try:
+        for _ in range(3):  # compiled and captured in them
+            engine.step(batches)
+        steps(WARMUP_S)
+        yield steps
     finally:
         engine.close()
 
@@ -227,22 +242,28 @@ def measure(case: Case, device: str, seconds: float, folder: Path) -> Found:
     """Raises what the engine raises."""
     forward_only = ENGINES[case.engine].order == "zeroth"
     probe: Callable[[float, str], Any] = forward_s if forward_only else training_s
-    took: dict[int, float] = {}
+    took: dict[int, list[float]] = {SHALLOW: [], DEEP: []}
+    launches: list[float] = []
     counted = 0.0
-    before = probe(seconds / 2, device)
-    for blocks in (SHALLOW, DEEP):
-        job = job_of(case, config_folder(case.family, blocks, folder), device)
-        shape = resolve_shape(job)
-        counted = counted_launches(case, job, shape)
-        took[blocks] = quick(step_samples(case, job, shape, device, seconds))
-    after = probe(seconds / 2, device)
-    block_s = (took[DEEP] - took[SHALLOW]) / (DEEP - SHALLOW)
+    with ExitStack() as engines:
+        steps: dict[int, Callable[[float], list[float]]] = {}
+        for blocks in took:
+            job = job_of(case, config_folder(case.family, blocks, folder), device)
+            shape = resolve_shape(job)
+            counted = counted_launches(case, job, shape)
+            steps[blocks] = engines.enter_context(stepping(case, job, shape, device))
+        for _ in range(TURNS):
+            for blocks, samples in took.items():
+                samples += steps[blocks](seconds / TURNS)
+            launches.append(probe(seconds / TURNS, device).low)
+    shallow_s, deep_s = quick(took[SHALLOW]), quick(took[DEEP])
+    block_s = (deep_s - shallow_s) / (DEEP - SHALLOW)
     return Found(
         name=case.name,
         block_s=block_s,
-        launch_s=min(before.low, after.low),
+        launch_s=min(launches),
         counted=counted,
-        outside_s=took[SHALLOW] - SHALLOW * block_s,
+        outside_s=shallow_s - SHALLOW * block_s,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,16 +16,20 @@ import launch_counts
 from launch_counts import CASES, Case, config_folder, counted_launches, found_of, job_of
 
 from engines.costs.transformer import GATED_LAUNCHES, PLAIN_STARTS
+from engines.shapes import ModelShape
 from harness.resolve import resolve_shape
 
 
 def test_blocks_are_what_deeper_models_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 ms outside of blocks, 100 us a block."""
 
-    def samples(case: Case, job: object, shape: object, device: str, seconds: float) -> list[float]:
-        return [2e-3 + 1e-4 * shape.num_blocks] * 9  # type: ignore[attr-defined]
+    @contextmanager
+    def stepping(
+        case: Case, job: object, shape: ModelShape, device: str
+    ) -> Iterator[Callable[[float], list[float]]]:
+        yield lambda seconds: [2e-3 + 1e-4 * shape.num_blocks] * 9
 
-    monkeypatch.setattr(launch_counts, "step_samples", samples)
+    monkeypatch.setattr(launch_counts, "stepping", stepping)
     found = found_of(CASES[0], "cpu", 0.02)
     assert found.block_s == pytest.approx(1e-4)
     assert found.outside_s == pytest.approx(2e-3)
