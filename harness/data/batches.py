@@ -153,12 +153,13 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
             train, held_out = end_to_end(train, job.seq_len), end_to_end(held_out, job.seq_len)
     readings = [str(reading) for reading in examples.readings]
     readings += _left_out(examples, job, bad)
-    if examples.kind != "builtin" and (seen := len(rows_in(held_out, train))):
+    seen = tuple(rows_in(held_out, train))
+    if examples.kind != "builtin" and seen:
         readings.append(
-            f"{seen:,} of {len(held_out):,} held-out examples are in the training data too, so that what is "
-            "measured on them says nothing of others"
+            f"{len(seen):,} of {len(held_out):,} held-out examples are in the training data too, so that "
+            "what is measured on them says nothing of others"
         )
-    return _tokenized(job, examples, train, held_out, tokenizer, tuple(readings))
+    return _tokenized(job, examples, train, held_out, seen, tokenizer, tuple(readings))
 
 
 def _prompts(job: Job, head: Head, examples: Examples, tokenizer: Tokenizer) -> tuple[TokenTable, TokenTable]:
@@ -204,6 +205,7 @@ def _tokenized(
     examples: Examples,
     train: TokenTable,
     held_out: TokenTable,
+    seen: tuple[int, ...],
     tokenizer: Tokenizer,
     readings: tuple[str, ...],
 ) -> Tokenized:
@@ -227,8 +229,8 @@ def _tokenized(
         + (f", {cut:,} {what_was_cut} {job.seq_len} tokens" if cut else "")
     )
     return Tokenized(
-        train=train, held_out=held_out, pad_id=tokenizer.pad_id, description=description, readings=readings,
-        label_names=examples.label_names,
+        train=train, held_out=held_out, held_out_in_training=seen, pad_id=tokenizer.pad_id,
+        description=description, readings=readings, label_names=examples.label_names,
     )  # fmt: skip
 
 
@@ -275,7 +277,7 @@ def batches_of(tokenized: Tokenized, job: Job, *, evaluated_together: int | None
     evaluation = [
         batch_of(held_out, chosen[first : first + together]) for first in range(0, evaluated, together)
     ]
-    seen = set[int]() if job.data.train == "builtin" else set(rows_in(held_out, train))
+    seen = set[int]() if job.data.train == "builtin" else set(tokenized.held_out_in_training)
     return Data(
         micro_batch=micro_batch,
         accumulation=job.accumulation,

@@ -14,7 +14,7 @@ from engines.model.label_words import WORDS
 from engines.shapes import ModelShape
 from harness.data.batches import batches_of, tokenize
 from harness.data.examples import examples_of
-from harness.data.token_tables import UNLABELLED, row_keys, rows_in
+from harness.data.token_tables import UNLABELLED, row_keys
 from harness.models.configs import load_config
 from harness.models.tokenizers import load_tokenizer
 from harness.records.job import Job
@@ -95,7 +95,7 @@ def preview(job: Job, shape: ModelShape, examples: int) -> Preview:
         padded_share=data.padded_share(min(epoch, MOST_STEPS)),
         label_counts=_label_counts(job),
         duplicates=int(keys.duplicated().sum()),
-        held_out_in_training=len(rows_in(held_out, train)),
+        held_out_in_training=len(tokenized.held_out_in_training),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import UserError
-from harness.data.token_tables import TokenTable
+from harness.data.token_tables import TokenTable, rows_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Tokenized:
 
     train: TokenTable
     held_out: TokenTable
+    held_out_in_training: tuple[int, ...]
+    """Rows of `held_out` whose tokens are those of some row of `train`: they say nothing of others."""
     pad_id: int
     """Token that fills what is shorter than the sequence length."""
     description: str
@@ -37,6 +39,11 @@ class Tokenized:
     test: TokenTable | None = None
     """What nothing is chosen by; `None`: there is none."""
 
+    def with_tables(self, train: TokenTable, held_out: TokenTable, test: TokenTable | None) -> Tokenized:
+        """The same data with other rows in its parts."""
+        seen = tuple(rows_in(held_out, train))
+        return replace(self, train=train, held_out=held_out, test=test, held_out_in_training=seen)
+
 
 def sequence_lengths(tokenized: Tokenized) -> list[int]:
     """Tokens of each training sequence."""
@@ -45,7 +52,7 @@ def sequence_lengths(tokenized: Tokenized) -> list[int]:
 
 
 _PARTS = ("train", "held_out", "test")
-_LISTS = ("readings", "label_names")
+_LISTS = ("readings", "label_names", "held_out_in_training")
 
 
 def save_tokenized(tokenized: Tokenized, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from engines.errors import UserError
 from engines.shapes import ModelShape
 from harness.data.batches import tokenize
-from harness.data.token_tables import TokenTable
+from harness.data.token_tables import TokenTable, rows_in
 from harness.data.tokenized import Tokenized
 from harness.models.candidates import candidates_of
 from harness.models.tokenizers import load_tokenizer
@@ -44,15 +44,18 @@ def split(job: Job, shape: ModelShape, test: str | None, sizes: StudySizes) -> T
                 f"--test-data {test}", "has other classes than the training data", "give data of one kind"
             )
         development, tested = whole.held_out, other.held_out
-    found = replace(
-        whole,
-        train=_drawn(whole.train, sizes.train),
-        held_out=_drawn(development, sizes.development),
-        test=_drawn(tested, sizes.test),
+    tested = _drawn(tested, sizes.test)
+    found = whole.with_tables(
+        _drawn(whole.train, sizes.train), _drawn(development, sizes.development), tested
     )
-    assert found.test is not None
+    if test is not None and (seen := len(rows_in(tested, found.train))):
+        line = (
+            f"{seen:,} of {len(tested):,} test examples are in the training data too, so that what is "
+            "measured on them says nothing of others"
+        )
+        found = replace(found, readings=(*found.readings, line))
     _check_classes(found.train, found.held_out, job.data.evaluate or job.data.train, "development")
-    _check_classes(found.train, found.test, test or job.data.evaluate or job.data.train, "test")
+    _check_classes(found.train, tested, test or job.data.evaluate or job.data.train, "test")
     return found
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -421,7 +420,8 @@ def test_words_of_classes_go_with_the_batches_of_rows(
     )  # fmt: skip
     tokenized = tokenize(job, resolve_shape(job))
     assert tokenized is not None
-    halves = replace(tokenized, test=tokenized.held_out.select([1]), held_out=tokenized.held_out.select([0]))
+    table = tokenized.held_out
+    halves = tokenized.with_tables(tokenized.train, table.select([0]), table.select([1]))
     save_tokenized(halves, tmp_path / "data.safetensors")
     data = batches_of(load_tokenized(tmp_path / "data.safetensors"), job)
     for batch in (*data.step_batches(0), *data.evaluation, *data.test):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from harness.cli.app import app
 from harness.data.batches import Data, make_data
 from harness.data.lengths import epoch_order
 from harness.data.padding import padded_length, padded_lengths
+from harness.data.token_tables import rows_in
+from harness.data.tokenized import load_tokenized, save_tokenized
+from harness.quality.documents import StudySizes
+from harness.quality.splits import split
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
 
@@ -123,6 +128,28 @@ def test_held_out_data_that_is_trained_on_is_counted(uneven: Path, tmp_path: Pat
     assert counted(uneven, eval_batches=3) == 12
     assert counted(half) == 20
     assert counted(None) == 0
+
+
+def test_test_data_that_is_trained_on_is_told_and_rows_are_those_of_the_parts(
+    uneven: Path, tmp_path: Path
+) -> None:
+    """Of a study, which has rows of its own in each part, and reads a third file."""
+    job = Job(
+        model=ModelSource(name="tiny-roberta", random_weights=True),
+        data=DataSource(train=str(uneven), evaluate=str(uneven)),
+        batch_size=4, seq_len=128,
+    )  # fmt: skip
+    sizes = StudySizes(development=10, test=20)
+    shape = resolve_shape(job)
+    found = split(job, shape, str(uneven), sizes)
+    (told,) = [each for each in found.readings if " test examples are in the training data too" in each]
+    assert told.startswith("20 of 20 ")
+    assert found.held_out_in_training == tuple(range(10))
+    fewer = split(job, shape, str(uneven), replace(sizes, train=100))
+    assert fewer.held_out_in_training == tuple(rows_in(fewer.held_out, fewer.train))
+    assert 0 < len(fewer.held_out_in_training) < 10
+    save_tokenized(fewer, tmp_path / "data.safetensors")
+    assert load_tokenized(tmp_path / "data.safetensors").held_out_in_training == fewer.held_out_in_training
 
 
 def test_data_shows_what_the_model_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
