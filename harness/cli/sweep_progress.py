@@ -9,7 +9,7 @@ from typing import Self
 from harness.pipeline import PreparedJob, Sweep, measure_plans
 from harness.progress import Progress, console
 from harness.records.run import Run
-from harness.runs.launch import SettingUp, Stepped
+from harness.runs.events import SettingUp, Stepped
 from harness.runs.sweep import Ended, Planned, Started, SweepEvent
 from profiles.language import translated
 from profiles.units import NOT_MEASURED, format_seconds

@@ -39,7 +39,8 @@ from harness.records.metrics import INSTALL, has_libraries
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.emulate import emulated
-from harness.runs.launch import WORK, OnRunEvent
+from harness.runs.events import OnRunEvent
+from harness.runs.launch import WORK
 from harness.runs.sweep_folder import check_folder
 from profiles.catalog import find_profile
 from profiles.documents import to_json, write_whole

@@ -34,7 +34,8 @@ from harness.records.job import Job
 from harness.records.learning import Learning, LearningOutcome
 from harness.records.shared import paths_of, without_paths
 from harness.runs.emulate import Emulated
-from harness.runs.launch import OnRunEvent, Outcome, clear_work, launch_child, work_folder
+from harness.runs.events import OnRunEvent
+from harness.runs.launch import Outcome, clear_work, launch_child, work_folder
 from harness.runs.processes import KeptChild
 from harness.runs.worker import LEARNED, Request
 from profiles.documents import adapter, to_json, write_whole

@@ -35,16 +35,9 @@ from harness.records.run import (
 )
 from harness.records.shared import paths_of, shared_name, shared_plan, shared_values, without_paths
 from harness.records.stats import counted_step_s
+from harness.runs.events import OnRunEvent
 from harness.runs.governance_facts import governance_facts
-from harness.runs.launch import (
-    WORK,
-    OnRunEvent,
-    Outcome,
-    clear_work,
-    launch_child,
-    read_result,
-    work_folder,
-)
+from harness.runs.launch import WORK, Outcome, clear_work, launch_child, read_result, work_folder
 from harness.runs.worker import REQUEST, RESULT, Request
 from profiles.documents import adapter, to_json
 from profiles.planning.plan import Plan

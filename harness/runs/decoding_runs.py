@@ -21,7 +21,7 @@ from harness.records.environment import read_environment
 from harness.records.job import Job
 from harness.records.run import Run
 from harness.runs.attempt import attempt, dumped_job, record_path
-from harness.runs.launch import OnRunEvent
+from harness.runs.events import OnRunEvent
 from harness.runs.worker import Request
 from profiles.documents import adapter
 from profiles.machine import Machine

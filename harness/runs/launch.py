@@ -8,26 +8,24 @@ part in the measurement: a parent that polls would take a core from the CPU opti
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from engines.base import StepStats
 from engines.errors import PEER_LOST, UserError
 from harness.records.job import Job
 from harness.records.run import EndState, Sample, Summary
 from harness.records.shared import paths_of, without_paths
 from harness.runs.emulate import AppliedLimits
 from harness.runs.end_states import REASON_LENGTH
-from harness.runs.measure import RunRecording
+from harness.runs.events import OnRunEvent, RankProgress
 from harness.runs.memory_sampler import NEARLY_NONE, MemorySampler, read_oom_kills
 from harness.runs.processes import Group, KeptChild, child_environment, of_rank
 from harness.runs.ranks import MEETING, devices_of, of_group, of_one, places
@@ -46,26 +44,6 @@ ENDING_TOGETHER_S = 30.0
 
 WORK = ".work"
 """Folder below the results that holds what a run in progress needs."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SettingUp:
-    """Slow work of a run's set-up."""
-
-    run_id: str
-    what: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stepped:
-    """A step of a run is done."""
-
-    run_id: str
-    sample: Sample
-    total: int
-    """Steps of the run, warm-up included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,8 +86,6 @@ class _Stop:
 
 _End = tuple[EndState, str | None]
 """End state and reason."""
-
-OnRunEvent = Callable[[SettingUp | Stepped], None]
 
 
 def launch_child(
@@ -189,24 +165,21 @@ def _run_child(
     request: Request, work: Path, device: NvmlDevice | None, on_event: OnRunEvent, kept: KeptChild | None
 ) -> Outcome:
     oom_kills_before = read_oom_kills()
-    ranks = places(request.job.limits, work)
-    recordings = [RunRecording(tokens_per_step=request.tokens_per_step) for _ in range(max(1, len(ranks)))]
+    placed = places(request.job.limits, work)
+    ranks = [RankProgress(request) for _ in range(max(1, len(placed)))]
     threads = None if request.emulated is None else request.emulated.threads
-    group = Group(work, ranks, threads) if kept is None else kept.begin(work, threads)
-    sampler = MemorySampler(group.pids, devices_of(ranks, device))
+    group = Group(work, placed, threads) if kept is None else kept.begin(work, threads)
+    sampler = MemorySampler(group.pids, devices_of(placed, device))
     stop: _Stop | None = None
     try:
-        stop = _watch(group, work, sampler, request, recordings, on_event)
+        stop = _watch(group, work, sampler, request, ranks, on_event)
     except KeyboardInterrupt:
         stop = _Stop("interrupted", "stopped by a signal", by_user=True)
     finally:
         codes = group.finish(sampler.family)
-    _take_lines(group.read_rest(), request, recordings, lambda event: None)
+    _take_lines(group.read_rest(), ranks, lambda event: None)
 
-    results = [
-        recording.result or read_result(work / of_rank(RESULT, rank))
-        for rank, recording in enumerate(recordings)
-    ]
+    results = [each.result or read_result(work / of_rank(RESULT, rank)) for rank, each in enumerate(ranks)]
     # A result is complete, even if its process was stopped while it was ending.
     ends = [None if each is None else (each.end_state, each.end_reason) for each in results]
     for rank, code in enumerate(codes):
@@ -214,24 +187,24 @@ def _run_child(
             ends[rank] = _judge_code(code, oom_kills_before, sampler, work / of_rank("log", rank))
     state, reason = _judge(ends, stop)
     summaries = [
-        recording.summary() if each is None else each.summary
-        for each, recording in zip(results, recordings, strict=True)
+        rank.recording.summary() if result is None else result.summary
+        for result, rank in zip(results, ranks, strict=True)
     ]
-    first, recording = results[0], recordings[0]
+    first = results[0]
     summary = of_group(summaries)
     peak_host_bytes = max(sampler.peak_host_bytes, summary.peak_host_bytes or 0)
     return Outcome(
         end_state=state,
         end_reason=reason,
-        samples=recording.samples if first is None else first.samples,
+        samples=ranks[0].recording.samples if first is None else first.samples,
         summary=replace(
             summary, peak_host_bytes=peak_host_bytes or None, peak_gpu_nvml_bytes=sampler.peak_gpu_bytes
         ),
         by_user=stop is not None and stop.by_user,
-        traced=recording.traced,
-        limits=recording.limits,
-        contacted=tuple(dict.fromkeys(host for each in recordings for host in each.contacted)),
-        ranks=tuple(map(of_one, summaries)) if ranks else (),
+        traced=ranks[0].traced,
+        limits=ranks[0].limits,
+        contacted=tuple(dict.fromkeys(host for each in ranks for host in each.contacted)),
+        ranks=tuple(map(of_one, summaries)) if placed else (),
         notes=None if first is None else first.notes,
         disturbance=sampler.clocks.disturbance,
     )
@@ -259,7 +232,7 @@ def _watch(
     work: Path,
     sampler: MemorySampler,
     request: Request,
-    recordings: Sequence[RunRecording],
+    ranks: Sequence[RankProgress],
     on_event: OnRunEvent,
 ) -> _Stop | None:
     """Follow the processes to their end, or say why they are to be stopped."""
@@ -291,7 +264,7 @@ def _watch(
         sampler.clocks.take()  # each time: that is quick, and to look at many processes is not
         wakes_s = min(next_sample_s, now_s + SAMPLE_INTERVAL_S, deadline_s)
         lines = group.read_lines(max(0.0, wakes_s - time.monotonic()))
-        _take_lines(lines, request, recordings, on_event)
+        _take_lines(lines, ranks, on_event)
     return None
 
 
@@ -308,34 +281,14 @@ def _failed(group: Group, work: Path) -> int | None:
 
 
 def _take_lines(
-    of_ranks: Sequence[Sequence[str]],
-    request: Request,
-    recordings: Sequence[RunRecording],
-    on_event: OnRunEvent,
+    of_ranks: Sequence[Sequence[str]], ranks: Sequence[RankProgress], on_event: OnRunEvent
 ) -> None:
     """What the ranks have told. Events are those of the first."""
-    total = request.job.warmup_steps + request.job.steps
-    listeners: list[tuple[RunRecording, OnRunEvent]] = [
-        (recording, (lambda event: None) if rank else on_event) for rank, recording in enumerate(recordings)
-    ]
-    for lines, (recording, listen) in zip(of_ranks, listeners, strict=True):
+    for number, (lines, rank) in enumerate(zip(of_ranks, ranks, strict=True)):
         for line in lines:
-            event = json.loads(line)
-            if "sample" in event:
-                sample = Sample(**event["sample"])
-                stats = event["stats"]
-                recording.steps.append((sample, None if stats is None else StepStats(**stats)))
-                listen(Stepped(run_id=request.id, sample=sample, total=total))
-            elif "traced" in event:
-                recording.traced = True
-            elif "result" in event:
-                recording.result = adapter(Result).validate_python(event["result"])
-            elif "contacted" in event:
-                recording.contacted.append(event["contacted"])
-            elif "limits" in event:
-                recording.limits = TypeAdapter(AppliedLimits).validate_python(event["limits"])
-            else:
-                listen(SettingUp(run_id=request.id, **event))
+            event = rank.take(line)
+            if event is not None and number == 0:
+                on_event(event)
 
 
 def read_result(path: Path) -> Result | None:

@@ -27,7 +27,6 @@ from engines.errors import NonFiniteLoss
 from harness.records.metrics import majority_class, share_right
 from harness.records.run import Sample, Summary
 from harness.records.stats import step_statistics
-from harness.runs.emulate import AppliedLimits
 from profiles.probe.core_speed import python_turn_s
 from profiles.probe.launches import DEVICE, forward_s
 
@@ -97,16 +96,8 @@ class RunRecording:
     """Of a Python loop, just before the steps that count and just after them; `None` without CUDA."""
     pinned_bytes: int | None = None
     landed_share: float | None = None
-    traced: bool = False
-    """The engine keeps a trace, which costs time."""
     notes: tuple[str, ...] | None = None
     """What of the settings the engine could not have, and why; `None`: it was never asked."""
-    limits: AppliedLimits | None = None
-    """What of an emulated machine the child was held to."""
-    contacted: list[str] = field(default_factory=list)
-    """Hosts that the child looked for or connected to."""
-    result: Any = None
-    """The whole `harness.runs.worker.Result`, from a child that could not write it."""
 
     @property
     def samples(self) -> tuple[Sample, ...]:

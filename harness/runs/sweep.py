@@ -22,7 +22,7 @@ from harness.records.manifest import begin_manifest
 from harness.records.run import Run
 from harness.runs.attempt import MatrixRate, attempt, dumped_job, take_up
 from harness.runs.emulate import Emulated
-from harness.runs.launch import SettingUp, Stepped
+from harness.runs.events import SettingUp, Stepped
 from harness.runs.sweep_folder import (
     check_emulation,
     check_folder,

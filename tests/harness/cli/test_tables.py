@@ -14,7 +14,7 @@ from harness.cli.sweep_progress import CompareProgress
 from harness.progress import ProbeProgress, Progress
 from harness.records.comparison import OtherHost
 from harness.records.run import Sample
-from harness.runs.launch import SettingUp, Stepped
+from harness.runs.events import SettingUp, Stepped
 from harness.runs.sweep import Cell, Ended, Planned, Started
 from profiles.language import speaking, translated
 from run_records import make_plan, make_run, make_sweep

@@ -21,7 +21,8 @@ from settings_given import given_settings
 
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
-from harness.runs.launch import Outcome, Stepped, launch_child
+from harness.runs.events import Stepped
+from harness.runs.launch import Outcome, launch_child
 from harness.runs.worker import Request
 from profiles.documents import to_json
 
@@ -98,7 +99,8 @@ PARENT = """
 import sys
 from pathlib import Path
 from pydantic import TypeAdapter
-from harness.runs.launch import Stepped, launch_child
+from harness.runs.events import Stepped
+from harness.runs.launch import launch_child
 from harness.runs.worker import Request
 
 def told(event):

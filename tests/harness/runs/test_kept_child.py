@@ -17,7 +17,8 @@ from settings_given import given_settings
 
 from harness.records.job import make_job
 from harness.resolve import resolve_shape
-from harness.runs.launch import Outcome, SettingUp, Stepped, launch_child
+from harness.runs.events import SettingUp, Stepped
+from harness.runs.launch import Outcome, launch_child
 from harness.runs.processes import KeptChild
 from harness.runs.worker import Request
 

@@ -24,7 +24,8 @@ from engines.errors import InfeasiblePlan, NonFiniteLoss, NotAvailable, UserErro
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
 from harness.runs.end_states import classify
-from harness.runs.launch import Outcome, SettingUp, Stepped, launch_child
+from harness.runs.events import SettingUp, Stepped
+from harness.runs.launch import Outcome, launch_child
 from harness.runs.memory_sampler import read_oom_kills
 from harness.runs.worker import Request
 from profiles.system.nvml import NvmlDevice, open_device

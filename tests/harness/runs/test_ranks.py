@@ -25,7 +25,8 @@ from engines.errors import UserError
 from engines.transfer.process_group import ProcessGroup, meet, mesh_of
 from harness.records.job import DataSource, Job, Limits, ModelSource
 from harness.resolve import resolve_shape
-from harness.runs.launch import Outcome, Stepped, launch_child
+from harness.runs.events import Stepped
+from harness.runs.launch import Outcome, launch_child
 from harness.runs.ranks import RENDEZVOUS, check_alike, check_gpus, place_of, places, what_to_agree_on
 from harness.runs.worker import Request, execute
 

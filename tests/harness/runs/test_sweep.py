@@ -22,7 +22,8 @@ from engines.files.writing import is_leftover
 from harness.records.job import Job, Limits, load_job, save_job
 from harness.records.manifest import MANIFEST, check_manifest
 from harness.records.run import EndState, Run, Summary, load_run
-from harness.runs.launch import Outcome, Stepped
+from harness.runs.events import Stepped
+from harness.runs.launch import Outcome
 from harness.runs.sweep import (
     Ended,
     Planned,
@@ -396,7 +397,7 @@ from pydantic import TypeAdapter
 from engines.shapes import ModelShape
 from harness.runs.sweep import run_sweep
 from harness.records.job import load_job
-from harness.runs.launch import Stepped
+from harness.runs.events import Stepped
 from profiles.planning.plan import Plan
 
 folder = Path(sys.argv[1])
