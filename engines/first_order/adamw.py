@@ -1,7 +1,4 @@
-"""Bricks of the first-order engines: parameter groups, AdamW, the training pass, checkpoints.
-
-Checkpoints are safetensors and JSON, no pickle.
-"""
+"""Bricks of the first-order engines: the weights' dtype, parameter groups, AdamW, the passes of a step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # The compiler of Triton takes annotations of kernels for code, so kernels have none.
-"""Triton kernel of `engines.zeroth_order.perturbed_model`: layer norm of a stacked batch, each half with
+"""Triton kernel of `engines.zeroth_order.unit_forward`: layer norm of a stacked batch, each half with
 weights of its own.
 
 torch's layer norm takes one set of weights, so it would need two launches and a copy that puts their results

@@ -110,13 +110,6 @@ from engines.model.training_regions import TrainingRegions, compiles, why_not_co
 from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import UPLOAD_SLOTS
 from engines.subspace.apply import apply_core, realized_of_core
-from engines.subspace.bias_check import (
-    Check,
-    Round,
-    Subspace,
-    derived_seed,
-    draw_subspaces,
-)
 from engines.subspace.compressed_linear import compress_gradient, restore
 from engines.subspace.core_checkpoint import load_cores, save_cores
 from engines.subspace.core_matrix import CoreMatrix, warn_of_idle
@@ -125,6 +118,13 @@ from engines.subspace.dense_parameters import DenseParameters
 from engines.subspace.projector import Projector
 from engines.subspace.rank_projectors import follow_moments, follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
+from engines.subspace.subspaces import (
+    Check,
+    Round,
+    Subspace,
+    derived_seed,
+    draw_subspaces,
+)
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.loss_on_host import LossOnHost

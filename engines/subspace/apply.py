@@ -10,8 +10,8 @@ from torch import Tensor
 from engines.kernels.triton_launch import has_triton
 from engines.noise.stochastic_rounding import is_dithered, updated
 from engines.settings.lsp import LspSettings
-from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import BlockProjector, decompress
+from engines.subspace.subspaces import Subspace
 
 
 def apply_core(

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from engines.errors import UserError
-from engines.subspace.bias_check import Check
 from engines.subspace.core_matrix import CoreMatrix
 from engines.subspace.cores import CoreChunk, Cores
+from engines.subspace.subspaces import Check
 
 
 def save_cores(cores: Cores, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engines.settings.lsp_layout import forms_gradient
 from engines.shapes import Workload
-from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import compress
 from engines.subspace.residual import Residual, make_residual
+from engines.subspace.subspaces import Subspace
 
 
 class Calibrator(Protocol):

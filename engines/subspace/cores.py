@@ -20,10 +20,10 @@ from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import CORE_SLOTS, chunk_ends
 from engines.shapes import Workload
-from engines.subspace.bias_check import Subspace
 from engines.subspace.core_matrix import Calibrator, CoreMatrix, core_matrices
 from engines.subspace.projector import Projector, transport_moments
 from engines.subspace.residual import residual_buffers
+from engines.subspace.subspaces import Subspace
 from engines.transfer.link import Event
 from engines.transfer.pinned import HostSlab, HostSlabs
 from engines.transfer.shared_memory import shared_slabs

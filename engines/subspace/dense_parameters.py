@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engines.first_order.adamw import make_adamw, set_learning_rate, with_moments
 from engines.first_order.checkpoint import adamw_state, load_adamw_state
 from engines.settings.lsp import LspSettings
-from engines.subspace.bias_check import Subspace
+from engines.subspace.subspaces import Subspace
 from engines.transfer.rank_sums import sum_gradients
 from engines.world import World
 

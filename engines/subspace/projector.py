@@ -1,11 +1,11 @@
-"""(d, r)-sparse projectors: compress a gradient, expand an update, measure the bias, find the subspace.
+"""(d, r)-sparse projectors: compress a gradient, expand an update, move moments to another subspace.
 
 LSP-Offload (2406.10181), Definition 1 and Algorithm 1. A projector P (rows x d) has r nonzeros in each row.
 For a weight matrix of m x n with P (m x d) and Q (n x d):
 
     core of a gradient      S = P^T G Q                       d x d     `compress`
     expanded update         P S Q^T                           m x n     `decompress`
-    bias                    b(G) = P P^T G Q Q^T - G          m x n     `bias`
+    bias                    b(G) = P P^T G Q Q^T - G          m x n     `projector_search.bias`
     moments, new subspace   M <- A M B, V <- (A*A) V (B*B)    d x d     `transport_moments`
                             with A = P_new^T P_old, B = Q_old^T Q_new
 
@@ -16,9 +16,10 @@ Three kinds, all of Definition 1's form:
 
 - `block`: rows in d/r blocks of neighbours, each with a dense factor of r orthonormal columns, so that
   P^T P = I. The columns are the top r left singular vectors of the block's rows of a calibration gradient
-  (`block_pair`): the best that this form can do for P, in closed form. No index is stored.
+  (`projector_search.block_pair`): the best that this form can do for P, in closed form. No index is stored.
 - `one_hot`: r = 1, a balanced random hash with signs, columns normalised: a count sketch with P^T P = I.
-- `paper`: r distinct random places per row, normal values, learned by Adam (`learn`).
+- `paper`: r distinct random places per row, normal values, learned by Adam
+  (`projector_search.learn`).
 
 Where the paper and the official code disagree, or the paper disagrees with itself, `paper` does this:
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_delta
-from engines.subspace.bias_check import Subspace
 from engines.subspace.projector import Projector, decompress
+from engines.subspace.subspaces import Subspace
 
 
 @dataclass(kw_only=True, eq=False)

@@ -20,8 +20,8 @@ from engines.model.flat_layout import BlockLayout, lay_out_group
 from engines.offload.block_slots import BlockSlots
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.lsp_layout import WEIGHT_SLOTS
-from engines.subspace.bias_check import block_matrices
 from engines.subspace.cores import CoreBlock
+from engines.subspace.subspaces import block_matrices
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.link import Link
 from engines.transfer.pinned import host_slabs

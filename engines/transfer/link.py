@@ -1,4 +1,4 @@
-"""Host memory that a GPU can copy from at full speed, and the two copy streams of a link.
+"""The way between host and GPU: two copy streams, the events that order them, and what they have moved.
 
 Shared by all offloading engines. On a CPU device the same calls copy at once, events are no-ops and
 the counters count the same bytes, so that an engine has one code path.

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: tables on stdout, progress on stderr. Imports no torch."""
+"""Tables and lines of the terminal: runs, plans of a sweep, engines, models. Imports no torch."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor, nn
 
-from engines.subspace.bias_check import derived_seed
 from engines.subspace.projector import Projector, random_block_projector
 from engines.subspace.projector_search import block_pair, relative_bias
+from engines.subspace.subspaces import derived_seed
 
 SHARES = (0.25, 0.5)
 """d over a matrix's smaller dimension."""

@@ -37,11 +37,11 @@ from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import CORE_SLOTS, streamed_uploads
 from engines.shapes import Dtype, Workload
 from engines.subspace import core_matrix, cores
-from engines.subspace.bias_check import Subspace, block_matrices, derived_seed
 from engines.subspace.core_matrix import IdleMatrixWarning
 from engines.subspace.cores import CoreState
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.subspace.residual import make_residual
+from engines.subspace.subspaces import Subspace, block_matrices, derived_seed
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
@@ -548,7 +548,7 @@ class TestAgainstAdamW:
         def identities(*_: Any, **__: Any) -> tuple[SparseProjector, SparseProjector]:
             return identity_projector(16), identity_projector(16)
 
-        monkeypatch.setattr("engines.subspace.bias_check.draw_pair", identities)
+        monkeypatch.setattr("engines.subspace.subspaces.draw_pair", identities)
         batches, ctx = tiny_batches(20, "llama"), context(accumulation=2)
         native = Native(
             NativeSettings(learning_rate=3e-3, weight_decay=0.1, schedule="cosine", warmup_steps=2), ctx
