@@ -120,11 +120,6 @@ class MezoSettings:
         return examples if self.estimator == "grzo" else self.queries
 
     @property
-    def only_reads_blocks(self) -> bool:
-        """Whether nothing but adapters is trained, so that the blocks' own weights stay as they are."""
-        return self.train == "lora"
-
-    @property
     def is_quantized(self) -> bool:
         """Whether matrices are kept approximately, as low-bit values."""
         return self.base not in EXACT_BASES

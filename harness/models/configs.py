@@ -21,6 +21,7 @@ from engines.shapes import ModelShape
 from harness.models.closed_forms import shape_of_config
 from harness.models.refusals import no_config, refuse_what_is_not_trained
 from harness.records.job import ModelSource
+from harness.records.shape import MOST_BLOCKS
 
 MOST_CONFIG_BYTES = 16 * 2**20
 
@@ -282,7 +283,6 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
-MOST_BLOCKS = 10_000
 _MOST = {
     "vocab_size": 10**8,
     "max_position_embeddings": 10**9, "n_positions": 10**9, "hidden_size": 10**7, "n_embd": 10**7,

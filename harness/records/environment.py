@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import harness
+from harness import PROJECT
 from harness.records.run import Environment
 from profiles.system.cgroup import cpu_name, host_memory, platform_name, usable_cores
 from profiles.system.nvml import LinkState, NvmlDevice, open_device
@@ -19,8 +20,6 @@ PACKAGES = ("numpy", "safetensors", "tokenizers", "triton", "torchao", "nvidia-m
 BUSY_TIMES = 3.0
 """Processes that want to run, over cores, from which a machine is called busy. Just after a probe it is 1 at
 most."""
-
-PROJECT = Path(harness.__file__).resolve().parent.parent
 
 
 def read_environment() -> Environment:

@@ -17,14 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import harness
 from engines.settings.given import GivenSettings
+from harness import PROJECT
 from harness.records.job import Job, make_job
 from profiles.documents import adapter
 from profiles.machine import Machine
 from profiles.planning.plan import Plan
-
-PROJECT = Path(harness.__file__).resolve().parent.parent
 
 _TEXTS = frozenset({"template", "labels", "columns"})
 """Fields of a job's data that hold text of the user's and no path."""

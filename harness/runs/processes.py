@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 
-import harness
 from engines.errors import UserError
+from harness import PROJECT
 from harness.runs.ranks import RankPlace
 from profiles.system.cgroup import usable_cores
 from profiles.system.nvml import open_device
@@ -286,7 +286,6 @@ def child_environment(at_most: int | None = None, place: RankPlace | None = None
     if place is not None:
         usable = max(1, usable // place.local_size)
     threads = str(usable if at_most is None else min(usable, at_most))
-    root = Path(harness.__file__).parent.parent
     is_told = not WAITS_OF_THREADS.isdisjoint(os.environ)
     waits = {} if is_told or open_device() is not None else SHORT_SPINS
     environment = {
@@ -304,7 +303,7 @@ def child_environment(at_most: int | None = None, place: RankPlace | None = None
         **waits,
         **({} if place is None else place.environment),
     }
-    if (root / "pyproject.toml").exists():  # a checkout need not be installed
+    if (PROJECT / "pyproject.toml").exists():  # a checkout need not be installed
         before = os.environ.get("PYTHONPATH")
-        environment["PYTHONPATH"] = str(root) if not before else f"{root}{os.pathsep}{before}"
+        environment["PYTHONPATH"] = str(PROJECT) if not before else f"{PROJECT}{os.pathsep}{before}"
     return environment

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from harness import PROJECT
 from harness.records.job import Job
-from harness.records.shared import PROJECT
 from harness.sharing.shared_result import SharedMethod, Submission, batches_in_short
 from profiles.machine import Machine
 from profiles.planning.plan import Plan
