@@ -23,8 +23,8 @@ from profiles.language import translated, word
 from profiles.units import NOT_MEASURED, format_seconds
 
 ACCURACY_WITHOUT_WORDS = (
-    "without --template and --labels a class is told by 'bad' or 'good', or by its number: words that fit "
-    "the task may give a higher accuracy"
+    "without --template and --labels a class is told by its name in the data, by 'bad' or 'good', or by its "
+    "number: words that fit the task may give a higher accuracy"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ from harness.sharing.like_machines import SHARED
 from harness.sharing.reading import shared_results
 from profiles.advice.amount import Asked, amount_of
 from profiles.advice.job_time import Rates
-from profiles.advice.money import parse_power, parse_price
+from profiles.advice.money import dated_ahead, parse_power, parse_price
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.target import parse_target
 from profiles.documents import require_folder, to_json
@@ -164,6 +165,8 @@ def recommend(
         power_w=None if power is None else parse_power(power),
         prices=tuple(parse_price(each) for each in price or ()),
     )
+    if (guess := dated_ahead(rates.prices, datetime.now().astimezone().date())) is not None:
+        _note(guess)
     aim = None if target is None else parse_target(target)
     names = engine_names(engines)
     if aim is not None and aim.model is not None:

@@ -146,7 +146,7 @@ def tokenize(job: Job, shape: ModelShape) -> Tokenized | None:
         train, held_out = _prompts(job, shape.head, examples, tokenizer)
     else:
         train, held_out = (
-            answer_table(rows, examples.num_labels, tokenizer, job.seq_len)
+            answer_table(rows, examples.num_labels, examples.label_names, tokenizer, job.seq_len)
             for rows in (examples.labelled, examples.labelled_held_out)
         )
         if examples.kind == "builtin":

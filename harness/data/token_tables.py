@@ -322,10 +322,11 @@ def question_table(rows: Sequence[QuestionExample], tokenizer: Tokenizer, seq_le
 
 
 def answer_table(
-    rows: Sequence[LabelledExample], num_labels: int, tokenizer: Tokenizer, seq_len: int
+    rows: Sequence[LabelledExample], num_labels: int, names: Sequence[str], tokenizer: Tokenizer, seq_len: int
 ) -> TokenTable:
-    """Classification as a causal language model does it: the text, then a word for its class."""
-    shared, answers = _class_answers(num_labels, tokenizer)
+    """Classification as a causal language model does it: the text, then a word for its class. `names` are
+    those that the data has for classes, if it has any."""
+    shared, answers = _class_answers(num_labels, names, tokenizer)
     texts = [row.text if row.second is None else f"{row.text}\n{row.second}" for row in rows]
     encoded = tokenizer.encode([f"{text}\nThis is" for text in texts])
     table = prompt_table(
@@ -335,20 +336,26 @@ def answer_table(
     return replace(table, class_tokens=torch.tensor(answers).flatten()) if of_one_token else table
 
 
-def _class_answers(num_labels: int, tokenizer: Tokenizer) -> tuple[list[int], list[list[int]]]:
+def _class_answers(
+    num_labels: int, names: Sequence[str], tokenizer: Tokenizer
+) -> tuple[list[int], list[list[int]]]:
     """(tokens that all class words begin with, the tokens of each that follow and are labelled).
 
-    Two classes are called bad and good, more go by their number. Where the first differing token tells
-    the classes apart it is the only labelled one, so that accuracy is that of the classification.
+    Classes are called what the data calls them, where these are words and the first differing token tells
+    them apart; else two are called bad and good, and more go by their number. Where the first differing token
+    tells the classes apart it is the only labelled one, so that accuracy is that of the classification.
     """
-    words = [" bad", " good"] if num_labels == 2 else [f" {label}" for label in range(num_labels)]
-    encoded = tokenizer.encode(words)
-    same = 0
-    while all(len(ids) > same + 1 and ids[same] == encoded[0][same] for ids in encoded):
-        same += 1
-    firsts = {ids[same] for ids in encoded}
-    if len(firsts) == num_labels:
-        return encoded[0][:same], [[ids[same]] for ids in encoded]
+    own = [f" {name}" for name in names if any(letter.isalpha() for letter in name)]
+    usual = [" bad", " good"] if num_labels == 2 else [f" {label}" for label in range(num_labels)]
+    for words in (own, usual):
+        if len(words) != num_labels:
+            continue
+        encoded = tokenizer.encode(words)
+        same = 0
+        while all(len(ids) > same + 1 and ids[same] == encoded[0][same] for ids in encoded):
+            same += 1
+        if len({ids[same] for ids in encoded}) == num_labels:
+            return encoded[0][:same], [[ids[same]] for ids in encoded]
     return encoded[0][:same], [ids[same:] for ids in encoded]
 
 

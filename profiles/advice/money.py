@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from typing import Literal
 
 from engines.errors import UserError
@@ -55,6 +55,12 @@ def parse_price(text: str) -> Price:
     except ValueError:
         raise UserError(what, f"'{day}' is no date", REMEDY) from None
     return Price(amount=float(amount), currency=currency, per="kWh" if per == "kWh" else "h", day=day)
+
+
+def dated_ahead(prices: Sequence[Price], today: date) -> str | None:
+    """That the date of a price is still to come, a day later than `today`, as it may be there already."""
+    ahead = [price.day for price in prices if date.fromisoformat(price.day) > today + timedelta(days=1)]
+    return f"--price: {ahead[0]} is still to come, so that price is a guess" if ahead else None
 
 
 def parse_power(text: str) -> float:

@@ -177,7 +177,7 @@ def _of_words(where: str, words: set[str], num_labels: int, label_ids: Mapping[s
     ]:
         names = tuple(sorted(label_ids, key=lambda name: label_ids[name]))
         return Classes(number_of={word: by_name[word.casefold()] for word in words}, names=names)
-    order = sorted(words)
+    order = sorted(words, key=lambda word: (word.casefold(), word))  # else True would come before false
     alike = Counter(word.casefold() for word in order)
     if twice := [word for word in order if alike[word.casefold()] > 1]:
         one = next(word for word in twice[1:] if word.casefold() == twice[0].casefold())

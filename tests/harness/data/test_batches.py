@@ -155,12 +155,24 @@ def test_decoder_answers_with_one_labelled_word() -> None:
 
 
 def test_class_words_are_cut_to_the_token_that_tells_them_apart() -> None:
-    shared, answers = _class_answers(2, TOKENIZER)
+    shared, answers = _class_answers(2, (), TOKENIZER)
     assert text_of(torch.tensor(shared)) == " "
     assert [text_of(torch.tensor(answer)) for answer in answers] == ["b", "g"]
     # With more than ten classes the first digit does not tell: all digits are labelled.
-    _, many = _class_answers(12, TOKENIZER)
+    _, many = _class_answers(12, (), TOKENIZER)
     assert [text_of(torch.tensor(answer)) for answer in many] == [str(label) for label in range(12)]
+
+
+def test_classes_are_called_what_the_data_calls_them() -> None:
+    """Two of any name were bad and good, and are where the first token does not tell them apart."""
+
+    def said(*names: str) -> list[str]:
+        return [text_of(torch.tensor(each)) for each in _class_answers(len(names), names, TOKENIZER)[1]]
+
+    assert said("ham", "spam") == ["h", "s"]
+    assert said("sports", "politics", "weather") == ["s", "p", "w"]
+    assert said("1", "2") == said("no", "not really") == ["b", "g"]
+    assert said("-1", "0", "1") == ["0", "1", "2"]
 
 
 def test_encoder_input_has_its_frame_and_pads_on_the_right() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 import pytest
 
 from engines.errors import UserError
 from profiles.advice import words
-from profiles.advice.money import Cost, costs_of, parse_power, parse_price
+from profiles.advice.money import Cost, costs_of, dated_ahead, parse_power, parse_price
 
 HOURS = (1.0, 2.0, 4.0)
 
@@ -21,6 +23,13 @@ def test_prices_of_hours_and_of_energy_add_up_by_currency() -> None:
     assert (usd.currency, usd.low, usd.expected, usd.high) == ("USD", 2.5, 5.0, 10.0)
     assert (jpy.low, jpy.expected, jpy.high) == (115.0, 230.0, 460.0)
     assert jpy.basis == "30 JPY/kWh as of 2026-11-01 + 100 JPY/h as of 2026-11-02"
+
+
+def test_a_price_of_a_day_to_come_is_called_a_guess() -> None:
+    today = date(2026, 11, 30)
+    prices = [parse_price(f"2.5USD/h@{day}") for day in ("2026-11-29", "2026-12-01", "2027-01-01")]
+    assert dated_ahead(prices[:2], today) is None
+    assert dated_ahead(prices, today) == "--price: 2027-01-01 is still to come, so that price is a guess"
 
 
 def test_without_power_a_price_of_energy_says_nothing() -> None:

@@ -129,6 +129,12 @@ def test_words_are_numbered_as_the_model_does(tmp_path: Path) -> None:
     assert found.label_names == ("positive", "neutral", "negative")
 
 
+def test_words_are_numbered_by_their_letters_whatever_their_capitals(tmp_path: Path) -> None:
+    found = examples_in(tmp_path, "x.csv", "text,label\na,True\nb,false\n")
+    assert found.label_names == ("false", "True")
+    assert rows_of(found) == {("a", 1), ("b", 0)}
+
+
 REFUSED = {
     "unknown column": ("x.csv", "text,label,foo\na,0,1\n", "label, foo: what foo means is not known"),
     "no names": ("x.csv", "a,b,c\nd,e,f\n", r"has 3 columns without names: 1 'a', 2 'b', 3 'c'.*--columns"),
