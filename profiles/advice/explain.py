@@ -8,8 +8,8 @@ from engines.costs.resources.traffic import Traffic
 from profiles.advice.job_time import JobForecast, sum_of_parts
 from profiles.planning.budget import gpu_bytes_needed
 from profiles.planning.context import PlanningContext
+from profiles.planning.layer_times import gpu_parts, resource_s
 from profiles.planning.plan import Plan
-from profiles.planning.predict import gpu_parts, resource_s
 from profiles.units import format_bytes, format_elements, format_flops, format_rate, format_seconds
 
 WORTH_NAMING = 0.01

@@ -18,8 +18,9 @@ from engines.settings.given import GivenSettings, Value
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import Budget, shortages, why_missing
+from profiles.planning.layer_times import resource_s
 from profiles.planning.plan import Prediction
-from profiles.planning.predict import expected_step_s, predict, resource_s
+from profiles.planning.predict import expected_step_s, predict
 
 AS_FAST = 1.01
 """A step within this factor of the fastest counts as equally fast: by the forecast of the whole setting."""

@@ -22,7 +22,7 @@ from engines.costs.resources.traffic import SWITCH_INTERVAL_S, Traffic
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.context import BESIDE_GPU
-from profiles.planning.predict import resource_s
+from profiles.planning.layer_times import resource_s
 from profiles.units import format_seconds
 
 HIDING_SHARE = 0.85

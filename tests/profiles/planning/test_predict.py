@@ -5,8 +5,8 @@ Seen, s/step, batch 4 x 1024, bf16, checkpointing: predicted / measured
     native           1.3B  0.155 / 0.178  0.87      6.7B  0.494 / 0.495  1.00
     torchao-offload  1.3B  0.360 / 0.391  0.92      6.7B  1.498 / 1.515  0.99
 
-The constants of `profiles.planning.predict` were fitted to these and to the forward passes of OPT below, so
-agreement here says that one set of constants suits them all, not that it suits another machine.
+The constants of `profiles.planning.layer_times` were fitted to these and to the forward passes of OPT below,
+so agreement here says that one set of constants suits them all, not that it suits another machine.
 """
 
 from __future__ import annotations
@@ -35,14 +35,9 @@ from profiles.planning.budget import (
     reserved_bytes,
     taken_bytes,
 )
-from profiles.planning.plan import Prediction
-from profiles.planning.predict import (
-    FORWARD_LAUNCH_S,
-    GPU_ERROR,
-    GPU_MODEL_ERROR,
+from profiles.planning.layer_times import (
     GRAPH_KERNEL_S,
     KERNEL_WORKS_S,
-    LAUNCH_ERROR,
     LAUNCH_S,
     OWN_LAUNCH_SHARE,
     PRODUCT_S,
@@ -50,10 +45,11 @@ from profiles.planning.predict import (
     _layer_times,
     _with_pause,
     gpu_parts,
-    predict,
     resource_s,
 )
-from profiles.rates import matmul, with_launches_of
+from profiles.planning.plan import Prediction
+from profiles.planning.predict import GPU_ERROR, GPU_MODEL_ERROR, LAUNCH_ERROR, predict
+from profiles.rates import FORWARD_LAUNCH_S, matmul, with_launches_of
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")

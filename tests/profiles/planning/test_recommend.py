@@ -39,10 +39,11 @@ from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine, absent
 from profiles.planning.budget import CONTEXT_BYTES, budget_of, gpu_bytes_needed
 from profiles.planning.context import AS_FAST
+from profiles.planning.layer_times import resource_s
 from profiles.planning.methods.lsp import STREAMED_FASTER
 from profiles.planning.methods.zo2 import FOLD_GPU_SHARE, FOLDS
 from profiles.planning.plan import Plan
-from profiles.planning.predict import predict, resource_s
+from profiles.planning.predict import predict
 from profiles.planning.recommend import rank, recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, lsp_ladder
 from profiles.rates import COPY_WRITE_ALLOCATE

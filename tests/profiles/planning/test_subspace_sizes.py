@@ -22,8 +22,8 @@ from engines.shapes import ModelShape, Workload
 from harness.models.configs import named_shape
 from profiles.catalog import find_profile
 from profiles.planning.budget import budget_of, gpu_bytes_needed
+from profiles.planning.layer_times import resource_s
 from profiles.planning.plan import Plan
-from profiles.planning.predict import resource_s
 from profiles.planning.recommend import recommend
 from profiles.planning.subspace_sizes import HIDING_SHARE, SHARES, Sides, size_of
 from profiles.units import format_seconds
