@@ -25,6 +25,12 @@ ADAPTER_KEEPS = 0.1
 """What adapters in compiled blocks keep for the backward pass, as a share of what the blocks keep: 0.06 at
 1.3B and 0.12 at Qwen2.5 1.5B, one H200."""
 
+KEPT_BY_ADAPTERS, KEPT_BY_ADAPTERS_OF_OPT = 4, 12
+"""The same in blocks that are not compiled, bytes for each token and hidden element: every adapter keeps its
+own copy of what enters its layer, in 16 bits; what frozen weights would need is not kept. OPT's activation
+keeps its result as well, and of its 26 a plain block keeps 24. Counted in what autograd saves of small models
+(`tests/engines/costs/test_adapter_costs.py`)."""
+
 ADAPTER_BYTES_COMPILED = 6.5
 """The same in compiled blocks, which fuse the casts of activations: with the backward pass 9.5 bytes for each
 value that enters and 10 for each that leaves. Counted in the compiler's code for a block of Qwen2.5."""
@@ -71,6 +77,22 @@ def _in_block_bytes(adapted: Sequence[MatrixShape], workload: Workload, how: Blo
         return WIDE_OF_ADAPTERS * element * tokens * max(max(m.rows, m.columns) for m in adapted)
     kept = element * sum(m.columns for m in adapted) if element < 4 else 0
     return tokens * (kept + max(4 * m.columns + 2 * element * m.rows for m in adapted))
+
+
+def _kept_by_adapters(
+    shape: ModelShape, workload: Workload, adapted: Sequence[MatrixShape], how: BlockPasses
+) -> int:
+    """GPU memory of what adapters keep in blocks that do not run again, all blocks of one micro-batch."""
+    recomputed = min(how.recomputed, shape.num_blocks)
+    if how.compiled:
+        kept = activations.saved_activation_bytes(shape, workload, how)
+        return int(ADAPTER_KEEPS * (kept - recomputed * workload.hidden_bytes(shape)))
+    if BYTES_PER_ELEMENT[workload.dtype] == 4:
+        return 0
+    per_element = KEPT_BY_ADAPTERS_OF_OPT if shape.family == "opt" else KEPT_BY_ADAPTERS
+    share = sum(m.columns for m in adapted) / max(1, sum(m.columns for m in shape.matrices))
+    tokens = workload.batch_size * workload.seq_len
+    return int((shape.num_blocks - recomputed) * tokens * shape.hidden * per_element * share)
 
 
 def _more_again_bytes(
@@ -135,8 +157,6 @@ def _traffic(
             layer = layer._replace(gpu_backward_flops=layer.gpu_backward_flops / 2)
         layers.append(layer)
     total = shape.num_blocks * adapters
-    kept = activations.saved_activation_bytes(shape, workload, how)
-    kept -= min(how.recomputed, shape.num_blocks) * workload.hidden_bytes(shape)
     rest = shape.parameters - shape.matrix_parameters
     return Traffic(
         layers=tuple(layers),
@@ -148,7 +168,7 @@ def _traffic(
                 "adapters": 4 * total,
                 "optimizer": 8 * total,
                 "buffers": wide,
-                "kept by adapters": int(ADAPTER_KEEPS * kept) if how.compiled else 0,
+                "kept by adapters": _kept_by_adapters(shape, workload, adapted, how),
             },
             gradients=4 * total,
             passes=how,

@@ -1,0 +1,65 @@
+"""What adapters keep in eager blocks, held against what autograd saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.base import Batch
+from engines.costs.table import traffic
+from engines.first_order.adapters import adapted_layers, add_adapters, run_in_bf16
+from engines.model.blocks import materialize
+from engines.settings.libraries import LoraSettings
+from engines.settings.parse import parse_settings
+from engines.shapes import Workload
+from harness.models.blueprint import make_blueprint
+from harness.models.configs import NAMED_SHAPES, named_shape
+from harness.records.job import make_job
+
+WORKLOAD = Workload(batch_size=2, seq_len=64, dtype="bf16", checkpointing=False)
+
+
+def saved_bytes(name: str) -> int:
+    """Of a forward pass with adapters of rank 1 beside each matrix, parameters left out."""
+    shape = named_shape(name)
+    job = make_job({"model": {"name": name, "random_weights": True}}, name)
+    ids = torch.arange(128).view(2, 64) % shape.vocabulary
+    blueprint = make_blueprint(job, shape, Batch(inputs={"input_ids": ids, "labels": ids}))
+    settings = LoraSettings(r=1)
+    layers = adapted_layers(blueprint.model, settings)
+    model = materialize(blueprint, torch.device("cpu"), torch.bfloat16)
+    add_adapters(model, settings, layers, 0)
+    run_in_bf16(model, torch.device("cpu"))
+    owned = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in owned:
+            found.setdefault(place, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids)
+    return sum(each.untyped_storage().nbytes() for each in found.values())
+
+
+@pytest.mark.parametrize("name", ["tiny-opt", "tiny-gpt2", "tiny-qwen2", "tiny-llama"])
+def test_eager_blocks_with_adapters_keep_what_is_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    counted, saved = [], []
+    for num_blocks in (2, 4):
+        known = NAMED_SHAPES[name]
+        config: dict[str, Any] = {**known.config}
+        config["n_layer" if "n_layer" in config else "num_hidden_layers"] = num_blocks
+        with monkeypatch.context() as patch:
+            patch.setitem(NAMED_SHAPES, name, replace(known, config=config))
+            given = parse_settings("lora", {"r": "1", "compile": "false", "graphs": "false"})
+            kinds = traffic("lora", named_shape(name), WORKLOAD, given).gpu_memory_bytes
+            counted.append(kinds["activations"] + kinds["kept by adapters"])
+            saved.append(saved_bytes(name))
+    assert counted[1] - counted[0] == pytest.approx(saved[1] - saved[0], rel=0.07)
