@@ -29,8 +29,8 @@ from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
 from engines.settings.exact_offload import ExactOffloadSettings
-from engines.transfer.pinned import HostSlab, HostSlabs, host_slabs
-from engines.transfer.shared_memory import shared_slabs
+from engines.transfer.pinned import HostSlab, HostSlabs
+from engines.transfer.shared_memory import machine_slabs, shared_slabs
 from engines.world import ALONE, World
 
 _ALIGNMENT_BYTES = 64
@@ -141,14 +141,8 @@ class BlockStates:
         here = [each.size for index, each in enumerate(layouts) if index not in self._weights_elsewhere]
         weights_bytes = [dtype.itemsize * size for size in here]
         self._shared: list[HostSlabs] = []
-        if world.local_size == 1:
-            slab = HostSlab(4 * len(layouts), device)
-            self._norms = HostSlabs([slab], [slab.view(0, (4 * len(layouts),), torch.uint8)])
-            self._weights = host_slabs(weights_bytes, device, progress)
-        else:
-            norms_bytes = [4 * len(layouts)] * world.local_size
-            self._norms = shared_slabs(norms_bytes, device, progress, world)
-            self._weights = shared_slabs(weights_bytes, device, progress, world)
+        self._norms = machine_slabs([4 * len(layouts)] * world.local_size, device, progress, world)
+        self._weights = machine_slabs(weights_bytes, device, progress, world)
         self.norms_of_ranks = [view.view(torch.float32) for view in self._norms.views]
         """(blocks,) fp32 of each rank of this machine: squared, of its gradients in this step."""
         norms = self.norms_of_ranks[world.local_rank]
@@ -346,10 +340,7 @@ class GradientBuffers:
     ) -> None:
         """`sizes`: of the places, in elements."""
         sizes_bytes = [dtype.itemsize * size for size in sizes]
-        if world.local_size == 1:
-            self._slabs = host_slabs(sizes_bytes, device, progress)
-        else:
-            self._slabs = shared_slabs(sizes_bytes * world.local_size, device, progress, world)
+        self._slabs = machine_slabs(sizes_bytes * world.local_size, device, progress, world)
         views = [view.view(dtype) for view in self._slabs.views]
         count = len(sizes)
         self._of_ranks = [views[rank * count : (rank + 1) * count] for rank in range(world.local_size)]

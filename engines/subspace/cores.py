@@ -25,8 +25,7 @@ from engines.subspace.projector import Projector, transport_moments
 from engines.subspace.residual import residual_buffers
 from engines.subspace.subspaces import Subspace
 from engines.transfer.link import Event
-from engines.transfer.pinned import HostSlab, HostSlabs
-from engines.transfer.shared_memory import shared_slabs
+from engines.transfer.shared_memory import machine_slabs
 from engines.world import ALONE, World
 
 
@@ -267,14 +266,11 @@ class _OnHost:
         device = torch.device("cpu") if pinned_for is None else pinned_for
         head_bytes = -(-4 * num_blocks // 64) * 64
         core_bytes = dtype.itemsize * elements
-        if world.local_size == 1:
-            slab = HostSlab(head_bytes + core_bytes, device, progress)
-            self._held = HostSlabs([slab], [slab.view(0, (slab.num_bytes,), torch.uint8)])
-            outgoing = self._held.views[0][head_bytes:]
-        else:
-            each_bytes = [head_bytes + core_bytes] * world.local_size
-            self._held = shared_slabs([*each_bytes, core_bytes], device, progress, world)
-            outgoing = self._held.views[-1]
+        sizes_bytes = [head_bytes + core_bytes] * world.local_size
+        if world.local_size > 1:
+            sizes_bytes.append(core_bytes)
+        self._held = machine_slabs(sizes_bytes, device, progress, world)
+        outgoing = self._held.views[-1][head_bytes if world.local_size == 1 else 0 :]
         self.outgoing = outgoing.view(dtype)
         """(elements,) of all cores; of one process the memory in which they have arrived."""
         of_ranks = self._held.views[: world.local_size]
@@ -302,13 +298,10 @@ class _Moments:
     def __init__(self, elements: int, dtype: torch.dtype, world: World, progress: ReportProgress) -> None:
         """There once for the ranks of a machine."""
         num_bytes, cpu = 2 * elements * dtype.itemsize, torch.device("cpu")
+        self._held = machine_slabs([num_bytes], cpu, progress, world)
         if world.local_size == 1:
-            slab = HostSlab(num_bytes, cpu)
-            self._held = HostSlabs([slab], [slab.view(0, (num_bytes,), torch.uint8)])
             # Written to once, so that what the host cannot hold is missed here.
             self._held.views[0].zero_()
-        else:
-            self._held = shared_slabs([num_bytes], cpu, progress, world)
         self._left = self._held.views[0].view(dtype)
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:

@@ -134,16 +134,22 @@ class HostSlabs:
             slab.close()
 
 
-def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: ReportProgress) -> HostSlabs:
-    """Memory for tensors of these sizes, each on one slab: a copy may not cross from one to another.
-
-    Once the driver has refused to pin, the rest stays pageable without another warning.
-    """
+def in_slabs(sizes_bytes: Sequence[int]) -> list[list[int]]:
+    """Neighbours that share a slab."""
     groups: list[list[int]] = []
     for size in sizes_bytes:
         if not groups or sum(groups[-1]) + size > SLAB_BYTES:
             groups.append([])
         groups[-1].append(size)
+    return groups
+
+
+def host_slabs(sizes_bytes: Sequence[int], device: torch.device, progress: ReportProgress) -> HostSlabs:
+    """Memory for tensors of these sizes, each on one slab: a copy may not cross from one to another.
+
+    Once the driver has refused to pin, the rest stays pageable without another warning.
+    """
+    groups = in_slabs(sizes_bytes)
     total, done, pin = sum(sizes_bytes), 0, True
     slabs: list[HostSlab] = []
     views: list[Tensor] = []

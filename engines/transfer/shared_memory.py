@@ -16,8 +16,17 @@ import torch
 
 from engines.base import ReportProgress
 from engines.errors import NotAvailable
-from engines.transfer.pinned import SLAB_BYTES, HostSlab, HostSlabs
+from engines.transfer.pinned import HostSlab, HostSlabs, host_slabs, in_slabs
 from engines.world import World, part
+
+
+def machine_slabs(
+    sizes_bytes: Sequence[int], device: torch.device, progress: ReportProgress, world: World
+) -> HostSlabs:
+    """Memory that a machine has once: `shared_slabs` of its ranks, or of one process its own."""
+    if world.local_size == 1:
+        return host_slabs(sizes_bytes, device, progress)
+    return shared_slabs(sizes_bytes, device, progress, world)
 
 
 def shared_slabs(
@@ -28,11 +37,7 @@ def shared_slabs(
 
     Raises `NotAvailable` on every rank where one cannot have it.
     """
-    groups: list[list[int]] = []
-    for size in sizes_bytes:
-        if not groups or sum(groups[-1]) + size > SLAB_BYTES:
-            groups.append([])
-        groups[-1].append(size)
+    groups = in_slabs(sizes_bytes)
     lengths = [-(-sum(group) // mmap.PAGESIZE) * mmap.PAGESIZE for group in groups]
     descriptor = _opened(sum(lengths), world)
     slabs: list[HostSlab] = []
