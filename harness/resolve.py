@@ -12,7 +12,7 @@ from engines.shapes import Head, ModelShape
 from harness.data.examples import examples_of
 from harness.data.reading.squad import QUESTION_KEYS
 from harness.data.records import Examples
-from harness.models.closed_forms import CLOSED_FORMS, shape_of_config
+from harness.models.closed_forms import CLOSED_FORMS, is_counted_in_closed_form, shape_of_config
 from harness.models.configs import DEFAULT_LABELS, ENCODERS, NAMED_SHAPES, load_config
 from harness.records.job import Job, ModelSource
 
@@ -32,7 +32,7 @@ def resolve_shape(job: Job) -> ModelShape:
     examples = examples_of(job, config)
     head, num_labels = _resolve_head(job, family, examples)
     try:
-        if family in CLOSED_FORMS:
+        if is_counted_in_closed_form(config):
             shape = shape_of_config(
                 config, name=job.model.name, head=head, num_labels=num_labels, untied=job.model.untied
             )

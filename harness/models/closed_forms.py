@@ -9,6 +9,7 @@ compare the closed forms with the models that transformers builds, and with `sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -208,3 +209,88 @@ CLOSED_FORMS: dict[str, Callable[[Mapping[str, Any], str, Head, int, bool], Mode
     "bert": _encoder_shape,
     "roberta": _encoder_shape,
 }
+
+_ACTIVATIONS = frozenset({"gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu"})
+_DTYPES = (None, "float32", "float16", "bfloat16")
+_ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""By type, the numbers that it takes."""
+
+_WHOLE_NUMBERS = (
+    "vocab_size", "hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim", "n_embd", "n_inner",
+    "n_positions", "max_position_embeddings", "type_vocab_size", "head_dim",
+)  # fmt: skip
+_TRUTHS = (
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "enable_bias", "do_layer_norm_before", "use_cache",
+    "layer_norm_elementwise_affine", "_remove_final_layer_norm", "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn",
+)  # fmt: skip
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "initializer_range", "rope_theta", "dropout",
+    "attention_dropout", "activation_dropout", "layerdrop", "hidden_dropout_prob", "resid_pdrop",
+    "embd_pdrop", "attention_probs_dropout_prob", "attn_pdrop",
+)  # fmt: skip
+_OTHER_NAMES = {
+    "gpt2": ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
+}
+"""That transformers takes for a family's own keys."""
+
+_MAKE_OTHER_MODELS = ("is_encoder_decoder", "add_cross_attention")
+
+
+def is_counted_in_closed_form(config: Mapping[str, Any]) -> bool:
+    """Whether `shape_of_config` counts a configuration as transformers builds it: of a family in
+    `CLOSED_FORMS`, with nothing in it that transformers may refuse or build otherwise. Of all else a model on
+    the meta device shows it."""
+    family = config["model_type"]
+    if family not in CLOSED_FORMS or any(key in config for key in _OTHER_NAMES.get(family, ())):
+        return False
+    c = {key: value for key, value in config.items() if value is not None}
+    heads = c.get("num_attention_heads", c.get("n_head", 1))
+    width = c.get("hidden_size", c.get("n_embd", heads))
+    vocabulary = c.get("vocab_size", math.inf)
+    layers = c.get("num_hidden_layers")
+    return (
+        all(type(c[key]) is int and c[key] > 0 for key in _WHOLE_NUMBERS if key in c)
+        and all(isinstance(c[key], bool) for key in _TRUTHS if key in c)
+        and all(type(c[key]) in (int, float) and c[key] >= 0 for key in _NUMBERS if key in c)
+        and not any(c.get(key) for key in _MAKE_OTHER_MODELS)
+        and width % heads == 0
+        and c.get("head_dim", 2) % 2 == 0
+        and all(c[key] in _ACTIVATIONS for key in ("hidden_act", "activation_function") if key in c)
+        and all(c.get(key) in _DTYPES for key in ("dtype", "torch_dtype"))
+        and all(_is_rope(c[key]) for key in ("rope_scaling", "rope_parameters") if key in c)
+        and ("layer_types" not in c or _names_each(c["layer_types"], layers))
+        and all(_is_token(c[key], vocabulary) for key in ("pad_token_id", "bos_token_id") if key in c)
+        and _is_token_or_several(c.get("eos_token_id", 0), vocabulary)
+        and type(c.get("num_labels", 2)) is int
+    )
+
+
+def _is_rope(told: object) -> bool:
+    if not isinstance(told, Mapping):
+        return False
+    needed = _ROPES.get(str(told.get("rope_type", told.get("type", "default"))))
+    numbers = [*(needed or ()), *(key for key in ("rope_theta",) if key in told)]
+    return needed is not None and all(type(told.get(key)) in (int, float) for key in numbers)
+
+
+def _names_each(kinds: object, layers: object) -> bool:
+    return (
+        isinstance(kinds, list)
+        and len(kinds) == layers
+        and set(kinds) <= {"full_attention", "sliding_attention"}
+    )
+
+
+def _is_token(told: object, vocabulary: float) -> bool:
+    return type(told) is int and -1 <= told < vocabulary
+
+
+def _is_token_or_several(told: object, vocabulary: float) -> bool:
+    return all(_is_token(each, vocabulary) for each in (told if isinstance(told, list) else [told]))

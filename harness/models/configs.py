@@ -271,6 +271,14 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
                 f"config.json has {key} = {value}, above {most}",
                 "correct config.json",
             )
+    heads, kv_heads = (config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise UserError(
+            f"model '{name}'",
+            f"config.json has num_key_value_heads = {kv_heads}, which does not divide num_attention_heads = "
+            f"{heads}",
+            "correct config.json",
+        )
     refuse_what_is_not_trained(config, name, path.parent)
     return config
 

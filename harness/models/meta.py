@@ -201,6 +201,9 @@ def malformed(name: str, error: Exception) -> UserError:
             "install it",
         )
     fields = re.findall(r"field [\"'`](\w+)[\"'`]|[`'](\w+)[`']", text)
-    named = next((each for pair in fields for each in pair if each), None)
+    names = [each for pair in fields for each in pair if each and not each.startswith("validate_")]
+    named = next(iter(names), None)
     about = f" ('{named}' is wrong or does not suit the rest)" if named else ""
+    if re.search(r"multiple of the number of|divisible by .?num_heads", text):
+        about = " (the hidden size is no multiple of the number of heads)"
     return UserError(f"model '{name}'", f"its configuration makes no model{about}", "correct config.json")

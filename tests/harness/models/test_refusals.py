@@ -58,6 +58,19 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {**config_of("mixtral"), "intermediate_size": "wide"},
         "'intermediate_size'",
     ),
+    "heads that do not divide": (
+        {**LLAMA, "hidden_size": 33},
+        "makes no model \\(the hidden size is no multiple of the number of heads\\)",
+    ),
+    "keys' heads that do not divide": (
+        {**LLAMA, "num_key_value_heads": 3},
+        "num_key_value_heads = 3, which does not divide num_attention_heads = 4",
+    ),
+    "an activation that there is not": ({**LLAMA, "hidden_act": "swiglu"}, "makes no model \\('swiglu'"),
+    "positions of no kind": (
+        {**LLAMA, "rope_scaling": {"rope_type": "foo", "factor": 2.0}},
+        "makes no model \\('foo'",
+    ),
     "sizes that do not fit": ({**config_of("gemma"), "intermediate_size": -1}, "makes no model"),
 }
 

@@ -20,7 +20,7 @@ from engines.model.blocks import find_blocks
 from engines.shapes import Head
 from harness.models.auto_classes import auto_class
 from harness.models.blueprint import make_blueprint
-from harness.models.closed_forms import CLOSED_FORMS
+from harness.models.closed_forms import CLOSED_FORMS, is_counted_in_closed_form
 from harness.models.configs import NAMED_SHAPES, load_config, named_shape, shape_of_config
 from harness.models.counted_shape import shape_from_meta
 from harness.records.job import DataSource, Job, ModelSource
@@ -46,6 +46,65 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 DEFAULTS = {f"{family} by default": {"model_type": family} for family in CLOSED_FORMS}
 CONFIGS = {name: dict(shape.config) for name, shape in NAMED_SHAPES.items()} | VARIANTS | DEFAULTS
+
+
+ODD: tuple[dict[str, Any], ...] = (
+    {"num_attention_heads": 5, "n_head": 5},
+    {"hidden_size": 65, "n_embd": 65},
+    {"hidden_act": "swiglu", "activation_function": "swiglu"},
+    {"hidden_act": 7, "activation_function": 7},
+    {"hidden_act": "quick_gelu", "activation_function": "quick_gelu"},
+    {"head_dim": 15},
+    {"rope_scaling": {"rope_type": "foo", "factor": 2.0}},
+    {"rope_scaling": {"type": "linear"}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    {"rope_scaling": 7},
+    {"rope_theta": "a"},
+    {"layer_types": ["full_attention"]},
+    {"tie_word_embeddings": "yes"},
+    {"pad_token_id": 1000},
+    {"eos_token_id": [1, 2]},
+    {"dtype": "float7"},
+    {"initializer_range": -1},
+    {"add_cross_attention": True},
+    {"is_encoder_decoder": True},
+)
+"""What `recommend` planned for and `run` refused, or built otherwise; and some that both take."""
+
+
+@pytest.mark.parametrize("family", CLOSED_FORMS)
+def test_what_transformers_refuses_has_no_closed_form(family: str) -> None:
+    """And what the closed form counts is what is built."""
+    names = {
+        "opt": {"ffn_dim": 40, "word_embed_proj_dim": 16},
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    }
+    plain = {
+        "model_type": family,
+        "vocab_size": 50,
+        "max_position_embeddings": 32,
+        **SMALL,
+        **names.get(family, {}),
+    }
+    if family == "gpt2":
+        assert not is_counted_in_closed_form(plain)  # by names that are not its own
+        plain = {key: plain[key] for key in ("model_type", "vocab_size", "n_embd", "n_layer", "n_head")}
+    assert is_counted_in_closed_form(plain)
+    head = heads_of(plain)[0]
+    counted = 0
+    for odd in ODD:
+        if any(key.startswith("rope") for key in odd) and family not in ("llama", "mistral", "qwen2"):
+            continue
+        config = {**plain, **{key: value for key, value in odd.items() if key in plain or len(odd) == 1}}
+        if not is_counted_in_closed_form(config):
+            continue
+        counted += 1
+        closed = shape_of_config(config, name=family, head=head, num_labels=0)
+        assert closed == shape_from_meta(config, name=family, head=head, num_labels=0), odd
+    assert counted >= 3
+    refused = [{**plain, **odd} for odd in ODD[:5] if odd.keys() & plain.keys()]
+    assert not any(is_counted_in_closed_form(config) for config in refused)
 
 
 def heads_of(config: dict[str, Any]) -> tuple[Head, ...]:
@@ -272,7 +331,7 @@ def faults(tmp_path: Path) -> dict[str, tuple[Job, str]]:
         "not a model": (job(folder("empty", None)), "not a model.*no config.json"),
         "not JSON": (job(folder("torn", "{")), "not valid JSON"),
         "no type": (job(folder("typeless", "{}")), "names no model_type"),
-        "malformed": (job(folder("bad", '{"model_type": "opt", "ffn_dim": "wide"}')), "malformed"),
+        "malformed": (job(folder("bad", '{"model_type": "opt", "ffn_dim": "wide"}')), "'ffn_dim' is wrong"),
         "unknown type": (
             job(folder("odd", '{"model_type": "no_such_type"}')),
             "code from outside is not run",
