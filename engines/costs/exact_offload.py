@@ -30,11 +30,13 @@ for each of both passes.
 GPU memory: weights (streamed: of three blocks), gradients of a few blocks, hidden states of all micro-batches
 between blocks (or what kept blocks keep), and outside the blocks weights, gradients and, unless the host has
 them (`outer=host`), fp32 masters and moments. Host memory: weights, pinned; the low halves of fp32 masters;
-moments; and pinned buffers for gradients that wait for the CPU.
+moments; and pinned buffers for gradients that wait for the CPU. Where blocks run as CUDA graphs what they
+keep lies in a pool of its own, so that logits, which are gone when it is used most, take memory beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engines.costs import loss, transformer
@@ -42,7 +44,14 @@ from engines.costs.lsp import NORM_BYTES
 from engines.costs.memory import activations
 from engines.costs.memory.segments import lost_in_head_gradient
 from engines.costs.memory.trial import with_trial
-from engines.costs.native import UNSHARED, block_passes, workspaces
+from engines.costs.native import (
+    GRAPH_BYTES,
+    MARGIN_CAPTURED,
+    PIECES_BYTES,
+    UNSHARED,
+    block_passes,
+    workspaces,
+)
 from engines.costs.resources.disk import STATE_PLACES, WEIGHT_PLACES
 from engines.costs.resources.traffic import (
     ADAMW_KERNEL_BYTES,
@@ -82,6 +91,11 @@ GPU_UPDATE_LAUNCHES = 300
 """Likewise of a block that the GPU updates. From one run on an H200, in which 24 blocks, 22 of them its own,
 took 5.6 ms each in launches of 14 us, each tensor then updated by itself; tensors in one go spare some 40,
 and some 5 that they are widened and rounded in one go, too."""
+
+REPLAY_LAUNCHES = 8
+"""Likewise of a block that runs as two CUDA graphs, however many micro-batches there are: the two launches,
+each of some hundred kernels, and what enters and leaves them. Guessed; one launch of such a graph took `lsp`
+the half of its 15 (`engines.costs.lsp`), which has copies around it."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""
@@ -178,13 +192,14 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     host = host_bytes(blocks, non_block, element, settings)
     pinned = sum(size for kind, size in host.items() if kind.endswith(", pinned"))
     passes = _passes(shape, workload, settings)
+    *_, head = transformer.training_layers(shape, workload, replace(passes, captured=False))
     uploads = uploads_per_step(shape.num_blocks, settings)
     hidden = 0
     if settings.hidden_states == "host" and settings.offload:
         hidden = workload.accumulation * workload.hidden_bytes(shape)
     layers = [
         _layer(layer, shape, element, settings, uploads, hidden)
-        for layer in transformer.training_layers(shape, workload, passes)
+        for layer in (*transformer.training_layers(shape, workload, passes)[:-1], head)  # no graph has that
     ]
     away = hidden_away_bytes(shape, workload, settings)
     if away:
@@ -194,6 +209,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     return Traffic(
         layers=tuple(layers),
         **_gpu_memory(shape, workload, settings),
+        gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if settings.captures else 0,
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES, **host},
         shared_host_bytes={kind: size for kind, size in host.items() if _is_shared(kind)},
         divided="updates",
@@ -243,9 +259,10 @@ def _layer(
         hidden = 0
     # Each gradient is made, added to what is there or moved there, and read for its norm.
     gpu_bytes = layer.gpu_bytes + 4 * element * size
+    replays = REPLAY_LAUNCHES * settings.captures
     if index < settings.updated_by_gpu(len(uploads)):
         return layer._replace(
-            python_launches=GPU_UPDATE_LAUNCHES,
+            python_launches=GPU_UPDATE_LAUNCHES + replays,
             gpu_bytes=gpu_bytes + on_gpu_bytes * size,
             h2d_bytes=hidden,
             d2h_bytes=hidden,
@@ -261,7 +278,7 @@ def _layer(
     return layer._replace(
         disk_bytes=read,
         disk_write_bytes=written,
-        python_launches=LAUNCHES * settings.offload,
+        python_launches=LAUNCHES * settings.offload + replays,
         gpu_bytes=gpu_bytes,
         h2d_bytes=times * element * size + hidden,
         d2h_bytes=element * size + NORM_BYTES + hidden,
@@ -275,7 +292,8 @@ def _layer(
 def _passes(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> transformer.BlockPasses:
     """How blocks run: as native's, but that they may keep what products and attention give alone."""
     keeps = settings.keeps_products(checkpointing=workload.checkpointing)
-    return replace(block_passes(shape, workload, settings), keeps_products=keeps)
+    passes = block_passes(shape, workload, settings)
+    return replace(passes, keeps_products=keeps, captured=settings.captures)
 
 
 def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSettings) -> GpuMemory:
@@ -334,14 +352,34 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    apart = int(UNSHARED * activations.apart_bytes(kinds))
-    stays = 0 if on_gpu else lost_in_head_gradient(shape, workload)
+    stays, apart = 0, activations.apart_bytes(kinds)
+    if settings.captures:
+        stays, apart = _apart_of_pool(moments, made)
+        # What enters the first block, the gradients that enter the last, and pieces as in the other pool.
+        stays += 2 * between + PIECES_BYTES
+    apart = int(UNSHARED * apart)
+    if not on_gpu:
+        stays += lost_in_head_gradient(shape, workload)
     most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
     return GpuMemory(
         gpu_memory_bytes=most,
         gpu_apart_bytes=apart,
         gpu_returned_bytes=returned,
-        gpu_margin=MARGIN,
+        gpu_margin=MARGIN_CAPTURED if settings.captures else MARGIN,
         gpu_without_triton_bytes=0,
-        workspaces=workspaces(None),
+        workspaces=workspaces(passes),
     )
+
+
+def _apart_of_pool(moments: Sequence[dict[str, int]], made: int) -> tuple[int, int]:
+    """What a step takes beside its worst moment where graphs have a pool, and what may lie apart elsewhere.
+    What blocks keep and what their backward passes make lies there, the gradients of a block (`made`) among
+    it; logits and what the loss makes do not. Neither has room for the other."""
+    in_pool = [{"activations": each.get("activations", 0)} for each in moments]
+    in_pool[2]["gradients"] = made
+    elsewhere = [
+        {kind: size - its.get(kind, 0) for kind, size in each.items()}
+        for each, its in zip(moments, in_pool, strict=True)
+    ]
+    peaks = (sum(activations.peak_moment(kinds).values()) for kinds in (in_pool, elsewhere))
+    return sum(peaks) - sum(activations.peak_moment(moments).values()), activations.apart_bytes(elsewhere)

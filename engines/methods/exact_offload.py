@@ -54,8 +54,11 @@ nothing waits. The first step has none before it, and is not clipped.
 
 Blocks and loss run compiled on a GPU, as native's do, and blocks are recomputed where activation
 checkpointing asks for it, whole or what lies between their products (`engines.model.training_regions`): they
-keep the activations of all micro-batches, where native has one's. Nothing is captured as a CUDA graph: where
-a step is so short that launches count, the CPU's update takes longer than they do.
+keep the activations of all micro-batches, where native has one's. Where weights and hidden states stay on the
+GPU, all that micro-batches do in a block, in one direction, is one CUDA graph from the second step on
+(`engines.model.block_major_graphs`): to start a compiled block's kernels one by one takes the CPU about as
+long as they take the GPU, while Adam wants its cores. A gradient is summed within the graph, in one of three
+slots; what copies it and its weights, and waits for them, is in none.
 
 Several ranks of one machine each take their micro-batches and send their gradients down their own links. The
 host has weights and states once; one rank adds up a chunk's gradients, in the order of ranks, and updates it
@@ -65,8 +68,8 @@ with any number those of as many twins, which exchange their gradients. The norm
 sum, which the CPU takes chunk by chunk as it arrives. States on disk have one rank for each block.
 
 The oracle is the twin, `offload=False`: the same passes and the same CPU routine, in the main thread, with
-copies that wait. Weights and losses are bit-equal on the same device, as long as the model's own kernels are
-deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding.
+copies that wait, and no CUDA graphs. Weights and losses are bit-equal on the same device, as long as the
+model's own kernels are deterministic. In fp32 it is `native`'s arithmetic, in another order of rounding.
 
 Deviations, and choices: micro-batches add up in the weights' dtype, as in native. A gradient crosses the link
 in the weights' dtype. Masters begin as the bf16 weights that the model was loaded with. A master is rounded
@@ -114,6 +117,7 @@ from engines.first_order.checkpoint import (
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
+from engines.model.block_major_graphs import BlockMajorGraphs
 from engines.model.blocks import first_names, move_buffers, no_cache, set_parameter
 from engines.model.evaluation import evaluate_on_device
 from engines.model.flat_layout import BlockLayout, ModelLayout, lay_out, lay_out_group
@@ -247,7 +251,14 @@ class ExactOffload:
         prepare_training(self.model, self.context, self.settings, recompute=False)
         draws = draws_random_numbers(self.model)
         self.hidden_states = self._make_hidden_states(blueprint.shape.hidden)
-        self._passes = BlockMajor(self.model, self.own, self, draws=draws, hidden_states=self.hidden_states)
+        self._passes = BlockMajor(
+            self.model,
+            self.own,
+            self,
+            draws=draws,
+            hidden_states=self.hidden_states,
+            graphs=self._make_graphs(),
+        )
         why_not = why_not_compiled(self.device)
         if self.settings.compile and why_not is not None:
             self.notes.append(f"not compiled: {why_not}")
@@ -266,6 +277,11 @@ class ExactOffload:
     def acts_together(self) -> bool:
         """Ranks have states on disk, each its own: see `engines.base.ActsTogether`."""
         return self._host_world.size > 1 and self.settings.disk_blocks > 0
+
+    def _make_graphs(self) -> BlockMajorGraphs | None:
+        if not self.settings.captures or self.device.type != "cuda":
+            return None
+        return BlockMajorGraphs(self.device, self.notes.append, standing=self._compute.standing)
 
     def _make_hidden_states(self, width: int) -> HiddenStates | None:
         if self.settings.hidden_states == "gpu" or not self.settings.offload:

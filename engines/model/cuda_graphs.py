@@ -102,10 +102,14 @@ class BlockGraphs:
 def tensors_of(calls: Sequence[BlockCall]) -> list[Tensor]:
     """The distinct tensors in `calls`, in the order in which they are met."""
     found: dict[int, Tensor] = {}
+    seen: set[int] = set()  # blocks are called with the same objects, most of which are no tensors
 
     def look(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
         if isinstance(value, Tensor):
-            found.setdefault(id(value), value)
+            found[id(value)] = value
         elif isinstance(value, Mapping):
             for each in value.values():
                 look(each)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.settings.checks import require
-from engines.settings.first_order import CompiledBlockSettings
+from engines.settings.first_order import BlockPassSettings
 
 Moments = Literal["fp32", "bf16", "int8"]
 """How Adam's two moments are kept on the host: exact, or approximate in 2 bytes or in 1 for each of the
@@ -22,7 +22,7 @@ MOMENT_GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactOffloadSettings(CompiledBlockSettings):
+class ExactOffloadSettings(BlockPassSettings):
     """AdamW with fp32 master weights on the CPU, block by block."""
 
     moments: Moments = "fp32"
@@ -69,7 +69,7 @@ class ExactOffloadSettings(CompiledBlockSettings):
     """False: the twin, the same updates on the CPU in the main thread, nothing overlapped."""
 
     def __post_init__(self) -> None:
-        CompiledBlockSettings.__post_init__(self)
+        super().__post_init__()
         require(self.max_grad_norm >= 0, "max_grad_norm", "must not be negative")
         require(
             self.kept_activations == "all" or self.dropout == 0,
@@ -134,6 +134,13 @@ class ExactOffloadSettings(CompiledBlockSettings):
     def streams(self) -> bool:
         """Blocks come up from the host."""
         return self.offload and self.weights == "streamed"
+
+    @property
+    def captures(self) -> bool:
+        """Blocks run as CUDA graphs: their weights stay where they are, and so do hidden states between them,
+        and nothing draws random numbers. The twin has none, so that a hazard shows as a difference."""
+        stays = self.weights == "resident" and self.hidden_states == "gpu"
+        return self.graphs and self.offload and stays and self.dropout == 0
 
     @property
     def waits_for_norm(self) -> bool:

@@ -71,7 +71,8 @@ class BlockPassSettings(CompiledBlockSettings):
     """The same, and captured."""
 
     graphs: bool = True
-    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout."""
+    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout, and with
+    exact-offload where weights and hidden states stay on the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from engines.settings.exact_offload import ExactOffloadSettings, Moments, Weight
 from engines.settings.given import GivenSettings, Value
 from engines.shapes import BYTES_PER_ELEMENT
 from profiles.planning.budget import gpu_bytes_needed
-from profiles.planning.context import Choice, PlanningContext, SettingChange
+from profiles.planning.context import AS_FAST, Choice, PlanningContext, SettingChange
 from profiles.planning.crossover import clip_by, crossover_reason
 from profiles.planning.gpu_room import (
     NEAR_FASTEST,
@@ -55,12 +55,45 @@ WAYS_OUT = (
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """CUDA graphs, unless their pool leaves too little room."""
+    if context.machine.gpu is None:
+        chosen = {name: False for name in ("compile", "graphs") if name not in given}
+        return _choose(context, given.completed(**chosen))
+    found = _choose(context, given)
+    settings: ExactOffloadSettings = found.settings.typed
+    if "graphs" in given or not settings.offload or _has_room(context, settings):
+        return found
+    plain = _choose(context, given.completed(graphs=False))
+    its: ExactOffloadSettings = plain.settings.typed
+    lacking, its_lacking = (context.missing_bytes(each.typed) for each in (found.settings, plain.settings))
+    if any(lacking):  # where neither fits, the smaller shortage is told
+        why = f"graphs=false: with CUDA graphs and their pool it {context.why_missing(settings)}"
+        reasons = plain.reasons if any(its_lacking) else (why, *plain.reasons)
+        return Choice(plain.settings, reasons) if its_lacking < lacking else found
+    before, after = (context.step_s(each) for each in (settings, its))
+    is_more_exact = MOMENTS.index(its.moments) < MOMENTS.index(settings.moments)
+    if any(its_lacking) or before is None or after is None or not (is_more_exact or AS_FAST * after < before):
+        return found
+    why = (
+        f"graphs=false: without CUDA graphs there is more room for activations, {format_seconds(after)} a "
+        f"step, else {format_seconds(before)}"
+    )
+    return Choice(plain.settings, (why, *plain.reasons))
+
+
+def _has_room(context: PlanningContext, settings: ExactOffloadSettings) -> bool:
+    """Whether nothing was chosen for want of the memory that graphs have for themselves."""
+    workload, blocks = context.workload, context.shape.num_blocks
+    again = settings.recomputed(blocks, checkpointing=workload.checkpointing)
+    keeps_all = not again and not settings.keeps_products(checkpointing=workload.checkpointing)
+    return settings.captures and keeps_all and context.why_missing(settings) is None
+
+
+def _choose(context: PlanningContext, given: GivenSettings) -> Choice:
     """Exact moments where they fit, else the least approximate that do; how gradients are clipped, where they
     are, by whether waiting for their norm hides."""
     chosen: dict[str, Value] = {}
     reasons: list[str] = []
-    if context.machine.gpu is None and "compile" not in given:
-        chosen["compile"] = False
     settings: ExactOffloadSettings = given.completed(**chosen).typed
     found = _fitting(context, given, settings)
     for key in (*TRIED, "disk_blocks", "disk_weights"):
@@ -122,6 +155,9 @@ def _why(
         changes["disk_weights"] = False  # which asks for both
     without = replace(found, **changes)
     missing = context.why_missing(without)
+    if missing is not None and "graphs" not in given:  # which give way
+        without = replace(without, graphs=False)
+        missing = context.why_missing(without)
     if missing is not None:
         return f"without it the job {missing}"
     times = (context.step_s(finished(context, given, each)) for each in (found, without))

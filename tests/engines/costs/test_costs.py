@@ -359,6 +359,40 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
             assert (launches, python) == (count * (own + 2 * len(TINY.matrices)) + once, in_python)
 
 
+def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None:
+    def block(accumulation: int, **values: object) -> tuple[float, float]:
+        workload = replace(TRAINING, accumulation=accumulation)
+        its = cost("exact-offload", TINY, workload, checkpointed_blocks=0, **values).layers[1]
+        return its.launches, its.python_launches
+
+    of_a_micro_batch = transformer.COMPILED_LAUNCHES * 3
+    for count in (1, 4):
+        assert block(count) == (0, 95 + 8)
+        for none in ({"graphs": False}, {"weights": "streamed"}, {"hidden_states": "host"}):
+            assert block(count, **none) == (count * of_a_micro_batch, 95)
+        assert block(count, offload=False) == (count * of_a_micro_batch, 0)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("recomputed", [0, 24])
+def test_the_pool_of_exact_offload_has_no_room_for_logits(accumulation: int, recomputed: int) -> None:
+    """What is there when logits are, and at most the block and the hidden states that are there later."""
+    workload = replace(TRAINING, accumulation=accumulation, checkpointing=True)
+    captured, plain = (
+        cost("exact-offload", DEEPSEEK_1B, workload, checkpointed_blocks=recomputed, graphs=graphs)
+        for graphs in (True, False)
+    )
+    assert captured.gpu_memory_bytes == plain.gpu_memory_bytes
+    more = captured.gpu_apart_bytes - captured.gpu_returned_bytes
+    more -= plain.gpu_apart_bytes - plain.gpu_returned_bytes
+    passing = 2 * accumulation * workload.hidden_bytes(DEEPSEEK_1B) + 80_000_000
+    of_block = activations.block_activation_bytes(DEEPSEEK_1B, workload, compiled=True) * (recomputed > 0)
+    of_block += 2 * DEEPSEEK_1B.block_parameters + workload.hidden_bytes(DEEPSEEK_1B)
+    assert passing < more <= passing + of_block
+    assert (captured.gpu_held_bytes, plain.gpu_held_bytes) == (24 * 4_000_000, 0)
+    assert captured.workspaces == plain.workspaces + 2
+
+
 def test_adamw_of_eight_bits_takes_a_time_of_its_own_for_each_element() -> None:
     layers = cost("adamw-8bit", OPT_1B, TRAINING).layers
     assert sum(layer.unrated_s for layer in layers) == pytest.approx(2e-11 * OPT_1B.parameters)
@@ -382,7 +416,7 @@ def test_adapters_in_compiled_blocks_are_products_and_casts(
     assert with_adapters - own == 7 * kernels
 
 
-@pytest.mark.parametrize(("engine", "copies"), [("native", 0), ("lora", 0), ("lsp", 7)])
+@pytest.mark.parametrize(("engine", "copies"), [("native", 0), ("lora", 0), ("lsp", 7), ("exact-offload", 0)])
 def test_kernels_take_as_long_whether_the_cpu_starts_them_or_a_graph_does(engine: str, copies: int) -> None:
     """Only compiled ones: a graph is never slower for what it does on the GPU, but for copies of hidden
     states where each block has graphs of its own."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_graphs import FakeCuda, played
 from torch import Tensor
 
 from engines.base import Batch, Context, StepStats
@@ -28,6 +29,8 @@ from engines.cpu_updates.adamw import adamw, master
 from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
 from engines.methods.native import Native
+from engines.model.block_major_graphs import BlockMajorGraphs
+from engines.model.blocks import BlockDriver
 from engines.offload.direct_io import RawFile
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.settings.first_order import NativeSettings
@@ -493,6 +496,133 @@ class TestTwin:
         with running("llama", ctx, **changes) as engine:
             assert_same(train(engine, batches, 2), expected)
             assert engine.notes == []
+
+
+class TestGraphs:
+    """Blocks as CUDA graphs, played on a CPU and real on a GPU, against the twin, which has none."""
+
+    @pytest.fixture
+    def fake_cuda(self, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+        def made(engine: ExactOffload) -> BlockMajorGraphs | None:
+            return BlockMajorGraphs(engine.device, engine.notes.append) if engine.settings.captures else None
+
+        monkeypatch.setattr(ExactOffload, "_make_graphs", made)
+        return played(monkeypatch)
+
+    @pytest.mark.parametrize(
+        ("family", "changes"),
+        [
+            ("llama", {}),
+            ("opt", {"checkpointed_blocks": 0, "max_grad_norm": 0.5}),
+            ("gpt2", {"gpu_blocks": 2, "checkpointed_blocks": 2}),
+            ("qwen2", {"outer": "host", "kept_activations": "products", "checkpointed_blocks": 1}),
+        ],
+    )
+    def test_equal_to_the_twin(self, family: str, changes: dict[str, Any], fake_cuda: FakeCuda) -> None:
+        batches, ctx = tiny_batches(12, family), context("bf16", 2)
+        with running(family, ctx, offload=False, **changes) as twin:
+            expected = train(twin, batches, 2)
+            assert not fake_cuda.graphs
+        with running(family, ctx, **changes) as engine:
+            assert_same(train(engine, batches, 2), expected)
+            assert engine.notes == []
+        assert [each.replays for each in fake_cuda.graphs] == [5] * (2 * BLOCKS)
+
+    @pytest.mark.parametrize(
+        "changes", [{"weights": "streamed"}, {"hidden_states": "host"}, {"graphs": False}, {"offload": False}]
+    )
+    def test_none_where_something_does_not_stay_or_they_are_not_wanted(
+        self, changes: dict[str, Any], fake_cuda: FakeCuda
+    ) -> None:
+        with running("llama", **changes) as engine:
+            train(engine, tiny_batches(3, "llama"))
+        assert not fake_cuda.graphs
+
+    def test_a_run_that_goes_on_is_the_run_that_was_not_broken_off(
+        self, fake_cuda: FakeCuda, tmp_path: Path
+    ) -> None:
+        batches = tiny_batches(6, "llama")
+        with running("llama") as engine:
+            expected = train(engine, batches)
+        with running("llama") as engine:
+            train(engine, batches[:3])
+            engine.save(tmp_path)
+            train(engine, batches[3:4])  # and comes back to what it was
+            engine.load(tmp_path)
+            assert train(engine, batches[3:]).losses == expected.losses[3:]
+            for name, tensor in weights(engine).items():
+                assert torch.equal(tensor, expected.weights[name]), name
+        assert fake_cuda.graphs
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"checkpointed_blocks": 0},
+            {"checkpointed_blocks": 2},
+            {"checkpointed_blocks": 1, "kept_activations": "products"},
+            {"gpu_blocks": 2, "checkpointed_blocks": 0, "max_grad_norm": 0.5, "clip_by": "previous"},
+            {"checkpointed_blocks": 2, "compile": True},
+        ],
+    )
+    def test_equal_on_the_gpu_in_steps_of_several_forms(
+        self, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Graphs of all forms share their memory, of which each step leaves other things behind; copies are
+        late, and evaluations take memory in between."""
+        captures, capture = list[Any](), BlockMajorGraphs.capture
+
+        def noted(graphs: BlockMajorGraphs, work: Any) -> Any:
+            captures.append(work)
+            return capture(graphs, work)
+
+        monkeypatch.setattr(BlockMajorGraphs, "capture", noted)
+        forms = [
+            tiny_batches(3, "llama", seed=1, seq_len=16),
+            tiny_batches(2, "llama", seed=2, seq_len=32),
+            [*tiny_batches(1, "llama", seed=3, seq_len=8), *tiny_batches(2, "llama", seed=4, seq_len=16)],
+        ]
+        order = random.Random(1)
+        steps = [0, 0, 1, 2, 0, 1, 2, *(order.randrange(3) for _ in range(40))]
+        ctx = context("bf16", accumulation=3, device="cuda:0")
+        own: dict[str, Any] = {"compile": False, "schedule": "constant", **changes}
+
+        def train_in_turn(engine: ExactOffload) -> tuple[list[Any], dict[str, Tensor]]:
+            told: list[Any] = []
+            for number, form in enumerate(steps):
+                told.append(engine.step(forms[form]).loss)
+                if number % 9 == 8:
+                    told.append(engine.evaluate(forms[1]))
+            return told, weights(engine)
+
+        with running("llama", ctx, offload=False, **own) as twin:
+            expected, its = train_in_turn(twin)
+            assert not captures
+        with running("llama", ctx, late_by_chance(), **own) as engine:
+            found, mine = train_in_turn(engine)
+            assert engine.notes == []
+        # The first form's were let go of when the second came, and captured again.
+        assert len(captures) == 4 * 2 * BLOCKS
+        assert found == expected
+        for name, tensor in its.items():
+            assert torch.equal(mine[name], tensor), name
+
+    @pytest.mark.gpu
+    def test_a_gpu_without_room_for_graphs_goes_on_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        batches, ctx = tiny_batches(8, "llama"), context("bf16", 2, device="cuda:0")
+        with running("llama", ctx, offload=False, compile=False) as twin:
+            expected = train(twin, batches, 2)
+        forward = BlockDriver.run
+
+        def without_room(driver: BlockDriver, index: int, *rest: Any) -> Tensor:
+            if index == 3 and torch.cuda.is_current_stream_capturing():
+                raise torch.OutOfMemoryError("no room")
+            return forward(driver, index, *rest)
+
+        monkeypatch.setattr(BlockDriver, "run", without_room)
+        with running("llama", ctx, compile=False) as engine:
+            assert_same(train(engine, batches, 2), expected)
+            assert engine.notes == ["no CUDA graph: no room"]
 
 
 class TestNative:

@@ -14,6 +14,7 @@ from engines.costs.table import traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
 from profiles.machine import Disk, Machine
+from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 from profiles.units import format_seconds
@@ -432,3 +433,41 @@ def test_what_still_fewer_bits_would_gain_is_said_where_bf16_is_what_fits() -> N
     with_int8 = plan(4096, given=settings, host_bytes=70 * GB).prediction.step_s
     assert with_int8 is not None
     assert f"moments=int8, which is approximate, would make it {format_seconds(with_int8)} a step" in said
+
+
+def test_without_graphs_where_their_pool_alone_does_not_fit() -> None:
+    resident: dict[str, object] = {"weights": "resident", "hidden_states": "gpu", "outer": "gpu"}
+    workload = Workload(batch_size=4, seq_len=1024, accumulation=4, dtype="bf16")
+
+    def needed_bytes(graphs: str) -> int:
+        cost = traffic(NAME, DEEPSEEK_1B, workload, parse_settings(NAME, {"graphs": graphs}))
+        return gpu_bytes_needed(cost, budget_of(H200, None, None, None))
+
+    needed, without = needed_bytes("true"), needed_bytes("false")
+    assert without < needed
+    roomy = plan(16384, DEEPSEEK_1B, resident, vram_bytes=needed)
+    assert "graphs" not in roomy.settings
+    tight = plan(16384, DEEPSEEK_1B, resident, vram_bytes=without)
+    assert tight.fits
+    assert tight.settings["graphs"] is False
+    assert tight.reasons[0].startswith("graphs=false: with CUDA graphs and their pool it needs")
+    asked = plan(16384, DEEPSEEK_1B, {**resident, "graphs": True}, vram_bytes=without)
+    assert not asked.fits
+
+
+def test_without_graphs_where_the_activations_that_have_room_then_make_a_step_faster() -> None:
+    """And with them where they do not: all blocks that must run again do with and without."""
+    workload = Workload(batch_size=4, seq_len=1024, accumulation=8, dtype="bf16", checkpointing=True)
+    for vram_gb in range(12, 60, 4):
+        times, chosen = list[float](), list[Plan]()
+        for given in ({}, {"graphs": True}, {"graphs": False}):
+            overrides = given_for_each({NAME: given}) if given else {}
+            (each,) = recommend(H200, DEEPSEEK_1B, workload, [NAME], overrides, vram_bytes=vram_gb * GB)
+            assert each.prediction.step_s is not None
+            times.append(each.prediction.step_s)
+            chosen.append(each)
+        if chosen[0].settings.get("graphs", True):
+            assert times[0] == times[1] <= 1.01 * times[2]
+        else:
+            assert times[0] == times[2] < times[1] / 1.01
+            assert "CUDA graphs" in chosen[0].reasons[0]

@@ -177,11 +177,12 @@ def test_four_bits_are_not_planned_for_layers_that_the_library_has_no_form_of() 
     assert plan.available
 
 
-@pytest.mark.parametrize("engine", ["native", "lora", "lsp"])
+@pytest.mark.parametrize("engine", ["native", "lora", "lsp", "exact-offload"])
 def test_the_shortage_is_that_of_the_nearest_setting(engine: str) -> None:
     """CUDA graphs' pool is no part of what a job cannot do without."""
     shape, workload = named_shape("llama-3.1-8b"), Workload(batch_size=1, seq_len=512)
-    chosen: dict[str, str | bool] = {"weights": "resident"} if engine == "lsp" else {}
+    streams = engine in ("lsp", "exact-offload")
+    chosen: dict[str, str | bool] = {"weights": "resident"} if streams else {}
 
     def missing(settings: dict[str, dict[str, str | bool]]) -> str | None:
         given = given_for_each(settings)
