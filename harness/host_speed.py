@@ -99,19 +99,20 @@ def unlike_speeds(
         return None
     of_engine: dict[str, list[Run]] = {}
     for run in runs:
-        if run.end_state == "ok" and run.summary.step_s_median and run.summary.forward_launch_s:
+        if run.end_state == "ok" and run.summary.step_s_median:
             of_engine.setdefault(run.engine, []).append(run)
-    started = {
-        engine: statistics.median(run.summary.forward_launch_s or 0.0 for run in own)
+    timed = {
+        engine: [taken_s for run in own if (taken_s := run.summary.forward_launch_s)]
         for engine, own in of_engine.items()
     }
+    started = {engine: statistics.median(times_s) for engine, times_s in timed.items() if times_s}
     if not started or max(started.values()) < UNLIKE_FACTOR * min(started.values()):
         return None
     quick_s, slow_s = min(started.values()), max(started.values())
     methods = [
         found
-        for engine, own in of_engine.items()
-        if (found := _at_speeds(own, started[engine], (quick_s, slow_s), machine, shape)) is not None
+        for engine, started_s in started.items()
+        if (found := _at_speeds(of_engine[engine], started_s, (quick_s, slow_s), machine, shape)) is not None
     ]
     waiting = tuple(method for method in methods if method.waits)
     if not waiting:

@@ -23,6 +23,16 @@ LOGIT_MOVES = 6
 """Reads and writes of a logit where a compiler fuses the loss: its product writes it, the loss reads it, the
 backward pass reads it and writes its gradient, and two products read that. Counted."""
 
+LOGIT_BYTES_EAGER = {"fp32": 36, "bf16": 42, "fp16": 42}
+"""What operations one by one read and write of a logit, products' shares too: the product writes it, and with
+a copy in fp32 of 16 bits (6) and its gradient's cast back (6), the log-softmax 8, the gradient of what was
+picked 4, that of the log-softmax 12, and two products read it. Counted, as torch's operations lie."""
+
+CHUNK_LOGIT_BYTES_EAGER = {"fp32": 82, "bf16": 88, "fp16": 88}
+"""The same of a chunk's loss (`engines.first_order.head_loss.loss_and_slope`), which is written for a
+compiler: the log-sum-exp 24, the softmax 16, the label compared and taken off 22, the share 8. Counted
+likewise."""
+
 TUNING_BYTES = 63_000_000
 """GPU memory with which torch's compiler clears the second-level cache while it times kernels that it has
 just made: as large as that, 60 MiB on an H200. It is there in the first step, where a region first runs."""
@@ -87,11 +97,15 @@ def padding_bytes(shape: ModelShape, workload: Workload, tokens: int) -> int:
     return element * (2 * shape.head_parameters + tokens * shape.hidden + logits)
 
 
-def moved_bytes(shape: ModelShape, workload: Workload, *, compiled: bool) -> float:
-    """GPU memory traffic of the loss and its backward pass, one micro-batch."""
+def moved_bytes(
+    shape: ModelShape, workload: Workload, loss_tokens: int | None = None, *, compiled: bool
+) -> float:
+    """GPU memory traffic of the loss and its backward pass, one micro-batch, `loss_tokens` at a time."""
     if compiled:
         return LOGIT_MOVES * BYTES_PER_ELEMENT[workload.dtype] * float(num_logits(shape, workload))
-    return 2.0 * logits_bytes(shape, workload)
+    in_chunks = loss_tokens is not None and shape.head == "causal_lm"
+    each = (CHUNK_LOGIT_BYTES_EAGER if in_chunks else LOGIT_BYTES_EAGER)[workload.dtype]
+    return each * float(num_logits(shape, workload))
 
 
 def head_chunks(shape: ModelShape, workload: Workload) -> tuple[int, int]:
