@@ -9,6 +9,7 @@ import typer
 from engines.files.reading import exists
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
+from harness.cli.new_folder import results_folder
 from harness.cli.options import (
     CriteriaFlag,
     Emulate,
@@ -26,7 +27,6 @@ from harness.cli.options import (
     engine_names,
     exit_for,
     exit_without_gpu,
-    results_folder,
     speaks,
 )
 from harness.cli.sweep_progress import measure_seen

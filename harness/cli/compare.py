@@ -13,6 +13,7 @@ import typer
 from engines.errors import UserError
 from harness.cli.by_name import by_name
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
+from harness.cli.new_folder import results_folder
 from harness.cli.options import (
     BudgetFlag,
     CriteriaFlag,
@@ -35,7 +36,6 @@ from harness.cli.options import (
     engine_names,
     exit_for,
     method_names,
-    results_folder,
 )
 from harness.cli.quality import study_seen
 from harness.cli.suites import SuiteFlags, suite_seen
@@ -88,9 +88,9 @@ def compare(
                 "--suite", "its tasks have targets and test data", "leave out --target, --test-data"
             )
         asked = SuiteFlags(
-            name=suite, out=results_folder(out, "suite", Path(suite).stem, resume), data_dir=data_dir,
-            engines=engines, budget=budget, emulate=emulate, profile=profile, seeds=seeds, resume=resume,
-            quiet=quiet,
+            name=suite, out=results_folder(out, "suite", Path(suite).stem, resume, dry_run=dry_run),
+            data_dir=data_dir, engines=engines, budget=budget, emulate=emulate, profile=profile, seeds=seeds,
+            resume=resume, quiet=quiet,
         )  # fmt: skip
         suite_seen(flags, asked, dry_run=dry_run, as_json=as_json)
         return
@@ -105,7 +105,7 @@ def compare(
             )
         job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
         study = StudyRequest(
-            engines=names, out=results_folder(out, "study", job.model.name, resume),
+            engines=names, out=results_folder(out, "study", job.model.name, resume, dry_run=dry_run),
             target=parse_quality_target(target), budget=parse_budget(budget), seeds=seeds, test=test_data,
             profile=profile, emulate=emulate, resume=resume, quiet=quiet,
         )  # fmt: skip
@@ -115,7 +115,7 @@ def compare(
     if test_data is not None:
         raise UserError("--test-data", "is for --target and --budget", "leave it out, or give both")
     job = flags.job(names)
-    folder = results_folder(out, "compare", job.model.name, resume)
+    folder = results_folder(out, "compare", job.model.name, resume, dry_run=dry_run)
     sweep = Sweep(
         engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
         check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,

@@ -18,6 +18,7 @@ from engines.errors import UserError
 from engines.files.reading import read_text
 from engines.settings.parse import defaults
 from harness.cli.job_flags import JobFlags, tells_defaults
+from harness.cli.new_folder import results_folder
 from harness.cli.options import (
     BatchSize,
     DtypeFlag,
@@ -33,7 +34,6 @@ from harness.cli.options import (
     Vram,
     WarmupSteps,
     engine_names,
-    results_folder,
 )
 from harness.cli.sweep_progress import GenerationProgress
 from harness.cli.tables import generations_table

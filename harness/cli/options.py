@@ -14,7 +14,6 @@ import typer
 
 from engines import default_engines, engine_of, public_engines
 from engines.errors import UserError
-from engines.files.reading import exists
 from harness.records.job import HeadChoice, Padding
 from profiles.language import Language, speaking
 
@@ -359,19 +358,6 @@ def method_names(engines: str | None) -> list[str]:
                 f"method '{name}'", "what follows the colon is no name", "use letters, digits, - and _"
             )
     return names if own else engine_names(engines)
-
-
-def results_folder(out: Path | None, what: str, model: str, resume: bool) -> Path:
-    """`out`, else a new folder below `out/`, so that one run's results never meet another's."""
-    if out is not None:
-        return out
-    if resume:
-        raise UserError("--resume", "does not say what to go on with", "name the folder with --out")
-    stem = f"{what}_{Path(model).name}"
-    number = 1
-    while exists(folder := Path("out") / f"{stem}_{number:03d}"):
-        number += 1
-    return folder
 
 
 def exit_without_gpu(reason: str | None) -> NoReturn:

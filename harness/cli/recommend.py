@@ -14,6 +14,7 @@ from engines.errors import UserError
 from harness.calibrate import calibration_from
 from harness.cli.advice_tables import recommendation_text
 from harness.cli.job_flags import OF_TRAINING, JobFlags, takes_job
+from harness.cli.new_folder import results_folder
 from harness.cli.options import (
     Engines,
     Json,
@@ -22,7 +23,6 @@ from harness.cli.options import (
     Out,
     Quiet,
     engine_names,
-    results_folder,
     speaks,
 )
 from harness.kept_machine import kept_machine

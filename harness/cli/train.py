@@ -14,7 +14,8 @@ import typer
 from engines.errors import UserError
 from harness.cli.by_name import by_name
 from harness.cli.job_flags import JobFlags, takes_job
-from harness.cli.options import Out, Quiet, engine_names, results_folder
+from harness.cli.new_folder import results_folder
+from harness.cli.options import Out, Quiet, engine_names
 from harness.cli.tables import rates_table
 from harness.pipeline import training_settings
 from harness.progress import Progress, console

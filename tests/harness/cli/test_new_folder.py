@@ -1,0 +1,43 @@
+"""Where results go that nobody named a folder for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engines.errors import UserError
+from harness.cli.new_folder import results_folder
+
+
+def test_two_commands_at_once_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were given the first number that was free, and the second ended after its machine was measured."""
+    monkeypatch.chdir(tmp_path)
+    first, second = (results_folder(None, "compare", "a/b", resume=False) for _ in range(2))
+    assert (first, second) == (Path("out/compare_b_001"), Path("out/compare_b_002"))
+    assert results_folder(None, "compare", "a/b", resume=False, dry_run=True) == Path("out/compare_b_003")
+    assert not Path("out/compare_b_003").exists()
+    assert results_folder(Path("mine"), "compare", "a/b", resume=False) == Path("mine")
+
+
+@pytest.mark.parametrize(("written", "stays"), [("pass", False), ("(folder / 'x').touch()", True)])
+def test_a_folder_that_stays_empty_goes(written: str, stays: bool, tmp_path: Path) -> None:
+    code = (
+        "from harness.cli.new_folder import results_folder\n"
+        f"folder = results_folder(None, 'run', 'm', resume=False)\n{written}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "out" / "run_m_001").exists() is stays
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").write_text("a file")
+    with pytest.raises(
+        UserError, match=r"out/poc_m_001: cannot be written \(Not a directory\); name another"
+    ):
+        results_folder(None, "poc", "m", resume=False)
