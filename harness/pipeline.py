@@ -19,6 +19,7 @@ from engines.settings.given import GivenSettings
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import ModelShape
 from harness.data.padding import padded_length
+from harness.job_arguments import job_arguments
 from harness.progress import console, told
 from harness.records.job import Job
 from harness.records.manifest import CRITERIA_FILE
@@ -43,7 +44,6 @@ from profiles.planning.fold_every import fold_for_loss
 from profiles.planning.plan import Plan
 from profiles.planning.recommend import recommend
 from profiles.rates import measured_matrix_rate
-from profiles.units import typed_bytes
 
 ROUNDS = 3
 """Processes of each method, by default."""
@@ -310,62 +310,5 @@ def _like(emulate: Path | None, profile: Path | None) -> Emulated | None:
     return emulated(find_profile(emulate))
 
 
-def job_arguments(job: Job, *, has_gpu: bool = True) -> str:
-    """The flags that give this job, for commands that a person can paste. Where no GPU is, a limit of its
-    memory is left out: it limits nothing, and the run's record would have it."""
-    default = Job(model=job.model)
-    parts = ["--model", job.model.name]
-    if job.model.random_weights:
-        parts.append("--random-weights")
-    if job.model.untied:
-        parts.append("--untied")
-    if job.model.layers is not None:
-        parts += ["--layers", str(job.model.layers)]
-    if job.model.head != "auto":
-        parts += ["--head", job.model.head]
-    parts += ["--data", job.data.train]
-    if job.data.evaluate is not None:
-        parts += ["--eval-data", job.data.evaluate]
-    if job.data.columns:
-        parts += ["--columns", ",".join(f"{role}={column}" for role, column in job.data.columns.items())]
-    if job.data.template:
-        parts += ["--template", job.data.template]
-    if job.data.labels:
-        parts += ["--labels", ",".join(job.data.labels)]
-    parts += [
-        flag for flag, given in (("--strict", job.data.strict), ("--skip-bad", job.data.skip_bad)) if given
-    ]
-    for name in (
-        "batch_size",
-        "seq_len",
-        "padding",
-        "dtype",
-        "accumulation",
-        "steps",
-        "warmup_steps",
-        "eval_batches",
-    ):
-        if name in _ALWAYS or getattr(job, name) != getattr(default, name):
-            parts += [f"--{name.replace('_', '-')}", str(getattr(job, name))]
-    parts += ["--checkpointing" if job.checkpointing else "--no-checkpointing", "--seed", str(job.seed)]
-    if job.limits.vram_bytes is not None and has_gpu:
-        parts += ["--vram", typed_bytes(job.limits.vram_bytes)]
-    if job.limits.host_bytes is not None:
-        parts += ["--host-memory", typed_bytes(job.limits.host_bytes)]
-    for name in ("gpus", "nodes"):
-        if getattr(job.limits, name) != 1:
-            parts += [f"--{name}", str(getattr(job.limits, name))]
-    if job.limits.timeout_s != default.limits.timeout_s:
-        parts += ["--timeout", f"{job.limits.timeout_s:g}"]
-    for engine, settings in job.settings.items():
-        for key, value in settings.items():
-            parts += ["--set", f"{engine}.{key}={value}"]
-    return shlex.join(parts)
-
-
 def _emulate_argument(emulate: Path | None) -> str:
     return "" if emulate is None else f" --emulate {shlex.quote(str(emulate))}"
-
-
-_ALWAYS = frozenset({"batch_size", "seq_len", "dtype", "steps", "warmup_steps"})
-"""Told even where they are the defaults: what a reader wants to see."""

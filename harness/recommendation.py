@@ -11,8 +11,9 @@ from typing import Any
 from engines.errors import UserError
 from engines.files.reading import expanded, is_folder
 from engines.shapes import ModelShape
+from harness.job_arguments import job_arguments
 from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
-from harness.pipeline import ROUNDS, job_arguments
+from harness.pipeline import ROUNDS
 from harness.records.job import Job, ModelSource
 from harness.resolve import resolve_shape
 from harness.sharing.like_machines import LikeMachines, beside_catalogue, beside_like_machines

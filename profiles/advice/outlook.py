@@ -41,6 +41,11 @@ class JobToPlan:
     network_bytes_per_s: float | None = None
     """Between the machines; `None`: nobody has named it."""
 
+    @property
+    def ranks(self) -> int:
+        """Processes on all machines together."""
+        return self.gpus * self.nodes
+
     def settings_of(self, engine: str) -> GivenSettings:
         return self.settings[engine] if engine in self.settings else defaults(engine)
 

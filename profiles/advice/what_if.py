@@ -195,10 +195,10 @@ def _with_upgrade(job: JobToPlan, upgrade: Upgrade) -> JobToPlan:
     gone: dict[str, Any] = dict.fromkeys(upgrade.lifts)
     job = replace(job, **gone)
     if upgrade.is_second_gpu:
-        workload = _in_twice_as_many(job.workload, job.gpus * job.nodes)
+        workload = _in_twice_as_many(job.workload, job.ranks)
         job = replace(job, gpus=2 * job.gpus, workload=workload)
     if upgrade.network_bytes_per_s is not None:
-        workload = _in_twice_as_many(job.workload, job.gpus * job.nodes)
+        workload = _in_twice_as_many(job.workload, job.ranks)
         rate = upgrade.network_bytes_per_s
         job = replace(job, nodes=2 * job.nodes, workload=workload, network_bytes_per_s=rate)
     return job

@@ -16,9 +16,9 @@ from tiny_machine import make_machine
 from engines.errors import UserError
 from harness.cli import app
 from harness.data.tokenized import load_tokenized
+from harness.job_arguments import job_arguments
 from harness.pipeline import (
     Sweep,
-    job_arguments,
     measure_plans,
     plan_job,
     planned_cells,
