@@ -9,7 +9,7 @@ from engines import YARDSTICK
 from harness.records.run import Run
 from harness.records.stats import Rounds
 from reports.format import loss, span
-from reports.judging.ranking import loss_beside
+from reports.judging.ranking import difference_word, loss_beside
 from reports.measured.examples import OverExamples, OverSequences, loss_over_sequences, over_examples
 from reports.measured.measurements import Measurements, is_random, typical
 from reports.messages import say
@@ -117,9 +117,10 @@ def beside_native_text(engine: str, all_: Measurements) -> str:
     found = None if engine == YARDSTICK else loss_beside(engine, YARDSTICK, all_)
     if found is None:
         return ""
-    word = "undecided" if found.low <= 0 <= found.high else "worse" if found.value > 0 else "better"
     value, low, high = (f"{each:+.4f}" for each in (found.value, found.low, found.high))
-    return say("quality.beside", value=value, range=span(low, high), word=say(f"quality.{word}"))
+    return say(
+        "quality.beside", value=value, range=span(low, high), word=say(f"quality.{difference_word(found)}")
+    )
 
 
 def why_unknown(engine: str, all_: Measurements) -> str:

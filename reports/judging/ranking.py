@@ -57,11 +57,25 @@ def loss_beside(one: str, other: str, all_: Measurements) -> OverSequences | Non
     return replace(found, low=min(found.low, mine.low - its.high), high=max(found.high, mine.high - its.low))
 
 
+LEAST_DIFFERENCE = 5e-5
+"""Half of the last place in which a loss is told: what is less is rounding, as of the same sums in another
+order, and no difference."""
+
+
+def difference_word(found: OverSequences) -> Literal["same", "undecided", "worse", "better"]:
+    """What `loss_beside` found."""
+    if max(abs(found.low), abs(found.high)) < LEAST_DIFFERENCE:
+        return "same"
+    if found.low <= 0 <= found.high:
+        return "undecided"
+    return "worse" if found.value > 0 else "better"
+
+
 def are_told_apart(one: str, other: str, all_: Measurements) -> bool:
     """Whether other sequences, or other runs, would have had the better one of the two before the other too;
     also where that is not known."""
     found = loss_beside(one, other, all_)
-    return found is None or not found.low <= 0 <= found.high
+    return found is None or difference_word(found) in ("worse", "better")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

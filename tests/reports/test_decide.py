@@ -772,6 +772,8 @@ def test_a_loss_is_told_beside_natives_on_the_same_sequences() -> None:
         "-0.1500 (95 %: -0.1947 to -0.1053; better)"
     )
     assert told(lambda number: (-1.0) ** number).endswith("undecided)")
+    # The same sums in another order: '+0.0000 (95 %: +0.0000; worse)' was a contradiction.
+    assert told(lambda number: 2.5e-7).endswith("+0.0000 (95 %: +0.0000; the same)")
 
 
 def test_held_out_data_that_was_trained_on_is_warned_of() -> None:
