@@ -31,6 +31,7 @@ from harness.cli.options import (
 )
 from harness.cli.sweep_progress import measure_seen
 from harness.cli.tables import runs_table
+from harness.host_speed import explains
 from harness.pipeline import Sweep, job_to_plan, prepare
 from harness.progress import console
 from harness.recommendation import recommended
@@ -113,7 +114,8 @@ def poc(
     if criteria is None and not ready.in_use and not exists(folder / CRITERIA_FILE):
         write_whole(folder / CRITERIA_FILE, init_text())
     runs = measure_seen(ready, sweep)
-    notes.print(runs_table(runs))
+    explained = {run.id for run in runs if explains(run, ready.machine, ready.shape)}
+    notes.print(runs_table(runs, explained))
     verdict = write_report(folder, on_broken=note_left_out, language=lang)
     typer.echo(in_short(verdict, lang))
     typer.echo(str(page(folder, lang)))

@@ -51,7 +51,8 @@ STACKED_PLAIN_KERNELS = 22
 STACKED_GATED_KERNELS = 63
 """Kernels of both forward passes of a block in one batch, every product started once per half, without those
 that make noise; norms of a gated block run once per half too, eight kernels each time, and their halves are
-put together. Counted from the modules, not traced."""
+put together. Those of a gated block are counted as torch runs them
+(tests/engines/costs/test_counted_operations.py), the others from the modules, not traced."""
 
 STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 125, 189
 """What it takes to start those one by one, in launches: the engine's Python visits each matrix by itself. By
