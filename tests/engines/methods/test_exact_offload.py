@@ -9,10 +9,9 @@ import math
 import random
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +20,9 @@ import pytest
 import torch
 from fake_graphs import FakeCuda, played
 from torch import Tensor
+from trained_engines import assert_same, late_by_chance, train, weights
 
-from engines.base import Batch, Context, StepStats
+from engines.base import Context
 from engines.costs import exact_offload as costs
 from engines.cpu_updates import block_state
 from engines.cpu_updates.adamw import adamw, master
@@ -80,34 +80,11 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_state, "CHUNK_ELEMENTS", 512)
 
 
-def weights(engine: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.weights()}
-
-
-@dataclass
-class Outcome:
-    losses: list[float]
-    weights: dict[str, Tensor]
-    stats: list[StepStats]
-
-
-def train(engine: Any, batches: list[Batch], per_step: int = 1) -> Outcome:
-    stats = [engine.step(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
-    return Outcome([entry.loss for entry in stats], weights(engine), stats)
-
-
-def assert_same(found: Outcome, expected: Outcome) -> None:
-    assert found.losses == expected.losses
-    assert found.weights.keys() == expected.weights.keys()
-    for name, tensor in expected.weights.items():
-        assert torch.equal(found.weights[name], tensor), name
-
-
 def own_threads() -> list[str]:
     return [each.name for each in threading.enumerate() if each.name.startswith("exact-offload")]
 
 
-def late_by_chance() -> Any:
+def late_copies() -> Any:
     """For `Link`: GPU clock cycles that each copy is held up for."""
     late = random.Random(0)
     return lambda: late.choice((0, 0, 100_000, 2_000_000))
@@ -115,15 +92,7 @@ def late_by_chance() -> Any:
 
 def let_calls_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam, and what enqueues copies."""
-    late = random.Random(0)
-
-    def delayed(function: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(late.choice((0.0, 0.0, 0.002)))
-            return function(*args, **kwargs)
-
-        return call
-
+    delayed = late_by_chance(random.Random(0))
     monkeypatch.setattr(block_state, "adamw", delayed(adamw))
     monkeypatch.setattr(Link, "upload", delayed(Link.upload))
     monkeypatch.setattr(Link, "download_each", delayed(Link.download_each))
@@ -222,13 +191,7 @@ class TestTwin:
         batches, ctx = tiny_batches(12, family), context("bf16", 2)
         with running(family, ctx, offload=False, outer="host", **changes) as twin:
             expected = train(twin, batches, 2)
-        late = random.Random(0)
-
-        def delayed(*args: Any, **kwargs: Any) -> None:
-            time.sleep(late.choice((0.0, 0.0, 0.002)))
-            adamw(*args, **kwargs)
-
-        monkeypatch.setattr(block_state, "adamw", delayed)
+        monkeypatch.setattr(block_state, "adamw", late_by_chance(random.Random(0))(adamw))
         with running(family, ctx, outer="host", **changes) as engine:
             assert_same(train(engine, batches, 2), expected)
             names = {each: name for name, each in engine.model.named_parameters()}
@@ -266,12 +229,7 @@ class TestTwin:
         with running(family, ctx, offload=False, **changes) as twin:
             expected = train(twin, batches, 2)
         late = random.Random(0)
-
-        def delayed(*args: Any, **kwargs: Any) -> None:
-            time.sleep(late.choice((0.0, 0.0, 0.002)))
-            adamw(*args, **kwargs)
-
-        monkeypatch.setattr(block_state, "adamw", delayed)
+        monkeypatch.setattr(block_state, "adamw", late_by_chance(late)(adamw))
         monkeypatch.setattr(ExactOffload, "disk_delay_s", lambda self: late.choice((0.0, 0.0, 0.003)))
         folder = tmp_path / "spill"
         with running(family, ctx, disk_folder=str(folder), **changes) as engine:
@@ -442,7 +400,7 @@ class TestTwin:
         own: dict[str, Any] = {"compile": False, "schedule": "constant", **clip}
         with running("llama", ctx, offload=False, **own) as twin:
             expected = train(twin, batches, 2)
-        with running("llama", ctx, late_by_chance(), **own) as engine:
+        with running("llama", ctx, late_copies(), **own) as engine:
             assert engine.pinned_bytes > 0
             assert_same(train(engine, batches, 2), expected)
 
@@ -461,7 +419,7 @@ class TestTwin:
     ) -> None:
         """On a GPU the issue's 1,000 steps, and copies that are late there; else the calls that make them."""
         on_gpu = torch.cuda.is_available()
-        steps, delay = MANY_STEPS[on_gpu], late_by_chance() if on_gpu else None
+        steps, delay = MANY_STEPS[on_gpu], late_copies() if on_gpu else None
         batches = tiny_batches(16, "llama")
         ctx = context("bf16", device="cuda:0" if on_gpu else "cpu")
         own: dict[str, Any] = {"compile": False, "schedule": "constant", "learning_rate": 1e-3, **changes}
@@ -598,7 +556,7 @@ class TestGraphs:
         with running("llama", ctx, offload=False, **own) as twin:
             expected, its = train_in_turn(twin)
             assert not captures
-        with running("llama", ctx, late_by_chance(), **own) as engine:
+        with running("llama", ctx, late_copies(), **own) as engine:
             found, mine = train_in_turn(engine)
             assert engine.notes == []
         # The first form's were let go of when the second came, and captured again.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from trained_engines import assert_same_weights, weights
 
 from engines import load_engine
 from engines.base import Context
@@ -53,16 +54,6 @@ def engine(
     return made
 
 
-def weights(of: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in of.weights()}
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
 @pytest.fixture(autouse=True)
 def _one_process_group() -> Iterator[None]:
     """Engines of one test share the group; the next test has its own."""
@@ -82,7 +73,7 @@ def test_an_exact_method_has_the_bits_of_native(family: str, dtype: Dtype, name:
         made = engine(each, tiny_blueprint(family, tied=True), dtype)
         runs.append(([made.step([batch]).loss for batch in tiny_batches(4, family)], weights(made)))
     assert runs[0][0] == runs[1][0]
-    assert_equal(runs[1][1], runs[0][1])
+    assert_same_weights(runs[1][1], runs[0][1])
 
 
 def test_clipped_gradients_of_fsdp2_are_those_of_native() -> None:
@@ -142,7 +133,7 @@ def test_eight_bit_adamw_equals_a_plain_loop_with_bitsandbytes() -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert float(loss.detach()) == expected
-    assert_equal(weights(made), {name: each.detach() for name, each in model.named_parameters()})
+    assert_same_weights(weights(made), {name: each.detach() for name, each in model.named_parameters()})
 
 
 def wide_blueprint() -> TinyBlueprint:
@@ -185,7 +176,7 @@ def test_galore_equals_a_plain_loop_with_galore_torch() -> None:
 
     expected_losses, expected = loop("llama", make)
     assert losses == expected_losses
-    assert_equal(weights(made), expected)
+    assert_same_weights(weights(made), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -278,7 +269,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, name: str, checkpoi
     second = engine(name, tiny_blueprint("llama"), "bf16", checkpointing)
     second.load(tmp_path)
     assert [second.step([batch]).loss for batch in batches[3:]] == losses[3:]
-    assert_equal(weights(second), weights(straight))
+    assert_same_weights(weights(second), weights(straight))
 
 
 @pytest.mark.parametrize("name", NEEDS)
@@ -317,7 +308,7 @@ def test_on_a_gpu_each_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
     second = engine(name, wide_blueprint(), "bf16", True, device="cuda:0")
     second.load(tmp_path)
     assert [second.step([batch]).loss for batch in batches[3:]] == losses[3:]
-    assert_equal(weights(second), weights(straight))
+    assert_same_weights(weights(second), weights(straight))
 
 
 @pytest.mark.gpu
@@ -337,7 +328,7 @@ def test_on_a_gpu_an_optimizer_inside_the_backward_pass_has_the_bits_of_native()
     native = engine("native", wide_blueprint(), "bf16", device="cuda:0", compile=False, graphs=False)
     inside = engine("backward-optimizer", wide_blueprint(), "bf16", device="cuda:0", compile=False)
     assert [inside.step([b]).loss for b in batches] == [native.step([b]).loss for b in batches]
-    assert_equal(weights(inside), weights(native))
+    assert_same_weights(weights(inside), weights(native))
 
 
 @pytest.mark.gpu

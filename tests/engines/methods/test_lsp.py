@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ import pytest
 import torch
 from identity_projector import identity_projector
 from torch import Tensor
+from trained_engines import assert_same, late_by_chance, train, weights
 from transformers import AutoModelForCausalLM
 
-from engines.base import Batch, Context, StepStats
+from engines.base import Batch, Context
 from engines.cpu_updates import pipeline
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.cpu_threads import AdamThreads
@@ -90,10 +91,6 @@ def kept_by_block(engine: Lsp, trained: TrainedBlocks) -> set[tuple[int, ...]]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trained._compiled[0](hidden, position_embeddings=positions)
     return kept
-
-
-def weights(engine: Any) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.weights()}
 
 
 def subspaces(engine: Lsp) -> list[Subspace]:
@@ -201,27 +198,6 @@ def lagging(family: str, num_blocks: int, lag_s: float, **changes: Any) -> Itera
     finally:
         engine.close()
         link.stop()
-
-
-@dataclass
-class Outcome:
-    losses: list[float]
-    weights: dict[str, Tensor]
-    stats: list[StepStats]
-    link: Link
-
-
-def train(engine: Lsp, batches: list[Batch], per_step: int = 1) -> Outcome:
-    stats = [engine.step(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
-    found = weights(engine)
-    return Outcome([entry.loss for entry in stats], found, stats, engine.link)
-
-
-def assert_same(found: Outcome, expected: Outcome) -> None:
-    assert found.losses == expected.losses
-    assert found.weights.keys() == expected.weights.keys()
-    for name, tensor in expected.weights.items():
-        assert torch.equal(found.weights[name], tensor), name
 
 
 def square_blueprint() -> TinyBlueprint:
@@ -435,15 +411,7 @@ class TestTwin:
         batches = tiny_batches(STEPS, "opt")
         with running("opt", offload=False) as twin:
             expected = train(twin, batches)
-        late = random.Random(0)
-
-        def delayed(function: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                time.sleep(late.choice((0.0, 0.0, 0.002)))
-                return function(*args, **kwargs)
-
-            return call
-
+        delayed = late_by_chance(random.Random(0))
         monkeypatch.setattr(cores, "core_adam", delayed(core_adam))
         monkeypatch.setattr(Link, "upload", delayed(Link.upload))
         monkeypatch.setattr(Link, "download_each", delayed(Link.download_each))

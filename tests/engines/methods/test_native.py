@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from trained_engines import weights
 
 from engines.base import Batch, Context
 from engines.errors import NonFiniteLoss, UserError
@@ -36,10 +37,6 @@ def native(blueprint: TinyBlueprint, ctx: Context, settings: NativeSettings = SE
     engine = Native(settings, ctx)
     engine.setup(blueprint)
     return engine
-
-
-def weights(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in engine.weights()}
 
 
 def plain_loop(

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch.func import functional_call
+from trained_engines import assert_same_weights
+from trained_engines import weights as weights_of
 
 from engines.base import Batch, Context, Evaluation
 from engines.methods.lsp import Lsp
@@ -46,16 +48,6 @@ def ready(kind: Any, settings: Any, family: str) -> Any:
     return made
 
 
-def weights_of(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in engine.weights()}
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, weight in left.items():
-        assert torch.equal(weight, right[name]), name
-
-
 def evaluated(family: str, weights: dict[str, torch.Tensor], batches: Sequence[Batch]) -> Evaluation:
     """By the model's own forward, its weights replaced."""
     model = copy.deepcopy(blueprint_of(family).reference)
@@ -79,7 +71,7 @@ def test_native_is_a_plain_loop(family: str) -> None:
         loss.backward()
         optimizer.step()
         assert engine.step([batch]).loss == loss.item()
-    assert_same(weights_of(engine), {name: p.detach() for name, p in model.named_parameters()})
+    assert_same_weights(weights_of(engine), {name: p.detach() for name, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +85,7 @@ def test_lsp_equals_its_twin(family: str) -> None:
         engine.close()
     twin, offloaded = outcomes
     assert offloaded[:2] == twin[:2]
-    assert_same(offloaded[2], twin[2])
+    assert_same_weights(offloaded[2], twin[2])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +110,7 @@ def test_mezo_perturbs_and_updates_as_the_paper_says(family: str) -> None:
         assert g == pytest.approx((losses[0] - losses[1]) / 2e-3, abs=2e-3)
         for name, weight in theta.items():
             theta[name] = weight - 1e-3 * (g * z[name] + (0.1 if weight.dim() >= 2 else 0.0) * weight)
-    assert_same(weights_of(engine), theta)
+    assert_same_weights(weights_of(engine), theta)
 
 
 @pytest.mark.parametrize("knobs", [{}, {"train": "last:1"}, {"train": "lora"}], ids=str)
@@ -139,7 +131,7 @@ def test_zo2_equals_mezo(family: str, knobs: dict[str, Any], tmp_path: Path) -> 
         expected = mezo.step([batch])
         stats = resumed.step([batch])
         assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
-    assert_same(weights_of(resumed), weights_of(mezo))
+    assert_same_weights(weights_of(resumed), weights_of(mezo))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
