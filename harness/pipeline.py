@@ -142,8 +142,8 @@ def data_lengths(job: Job, shape: ModelShape, *, quiet: bool = False) -> DataLen
     if job.data.train in ("random", "builtin"):
         return None
     with told(f"reading {Path(job.data.train).name}", quiet=quiet):
-        from harness.data.batches import tokenize
         from harness.data.tokenized import sequence_lengths
+        from harness.data.tokenizing import tokenize
 
         tokenized = tokenize(job, shape)
         assert tokenized is not None
@@ -291,8 +291,8 @@ def _check_job(job: Job, *, quiet: bool) -> tuple[ModelShape, SaveData | None]:
     if job.data.train == "random":
         return shape, None
     with told(f"reading {Path(job.data.train).name}", quiet=quiet):
-        from harness.data.batches import tokenize
         from harness.data.tokenized import save_tokenized
+        from harness.data.tokenizing import tokenize
 
         tokenized = tokenize(job, shape)
     if tokenized is not None:

@@ -134,7 +134,7 @@ INSIDE_FUNCTIONS = {
     "harness.cli.train -> harness.training.train": _TRAINS,
     "harness.quality.study -> harness.data.tokenized": _TRAINS,
     "harness.quality.study -> harness.quality.splits": _TRAINS,
-    "harness.pipeline -> harness.data.batches": "imports torch, which only data of files needs here",
+    "harness.pipeline -> harness.data.tokenizing": "imports torch, which only data of files needs here",
     "harness.pipeline -> harness.data.tokenized": "imports torch, which only data of files needs here",
     "harness.resolve -> harness.models.counted_shape": "imports torch; only families without a closed form",
     "harness.runs.worker -> harness.data.batches": _CHILD,

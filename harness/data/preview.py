@@ -12,9 +12,10 @@ import torch
 from engines.base import Batch
 from engines.model.label_words import WORDS
 from engines.shapes import ModelShape
-from harness.data.batches import batches_of, tokenize
+from harness.data.batches import batches_of
 from harness.data.examples import examples_of
 from harness.data.token_tables import UNLABELLED, row_keys
+from harness.data.tokenizing import tokenize
 from harness.models.configs import load_config
 from harness.models.tokenizers import load_tokenizer
 from harness.records.job import Job

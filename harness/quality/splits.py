@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from engines.errors import UserError
 from engines.shapes import ModelShape
-from harness.data.batches import tokenize
 from harness.data.token_tables import TokenTable, rows_in
 from harness.data.tokenized import Tokenized
+from harness.data.tokenizing import tokenize
 from harness.models.candidates import candidates_of
 from harness.models.tokenizers import load_tokenizer
 from harness.quality.documents import StudySizes

@@ -50,7 +50,8 @@ from engines.errors import UserError  # noqa: E402
 from engines.methods.mezo import Mezo  # noqa: E402
 from engines.noise.philox import NoiseKey, normal  # noqa: E402
 from engines.settings.zeroth_order import MezoSettings  # noqa: E402
-from harness.data.batches import Data, batches_of, tokenize  # noqa: E402
+from harness.data.batches import Data, batches_of  # noqa: E402
+from harness.data.tokenizing import tokenize  # noqa: E402
 from harness.models.blueprint import make_blueprint  # noqa: E402
 from harness.models.candidates import candidates_of  # noqa: E402
 from harness.models.tokenizers import load_tokenizer  # noqa: E402

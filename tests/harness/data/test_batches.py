@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from engines.errors import UserError
 from engines.model.blocks import materialize
 from engines.model.evaluation import evaluate_on_device
-from harness.data.batches import Data, batches_of, make_data, tokenize
+from harness.data.batches import Data, batches_of, make_data
 from harness.data.builtin import builtin_reviews
 from harness.data.examples import held_out_count
 from harness.data.reading.layouts import instruction_prompt
 from harness.data.token_tables import UNLABELLED, _class_answers, prompt_table
 from harness.data.tokenized import load_tokenized, save_tokenized
+from harness.data.tokenizing import tokenize
 from harness.models.blueprint import make_blueprint
 from harness.models.configs import NAMED_SHAPES
 from harness.models.tokenizers import ByteTokenizer

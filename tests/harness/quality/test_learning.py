@@ -13,9 +13,10 @@ import torch
 
 from engines.base import Batch, Evaluation, StepStats
 from engines.errors import UserError
-from harness.data.batches import batches_of, tokenize
+from harness.data.batches import batches_of
 from harness.data.token_tables import TokenTable
 from harness.data.tokenized import load_tokenized, save_tokenized
+from harness.data.tokenizing import tokenize
 from harness.quality.documents import StudySizes
 from harness.quality.splits import split
 from harness.records.job import Job, make_job
