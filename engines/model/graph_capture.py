@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -33,7 +34,8 @@ def capturing(stream: torch.cuda.Stream, pool: Any) -> Iterator[Any]:
         try:
             yield graph
         except BaseException:
-            with suppress(RuntimeError):  # what spoilt the capture is the cause to tell
+            # What spoilt the capture is the cause to tell, and not that it has captured nothing.
+            with suppress(RuntimeError), warnings.catch_warnings(action="ignore"):
                 graph.capture_end()
             raise
         graph.capture_end()
