@@ -42,6 +42,12 @@ def plainly(message: str) -> str:
     return message
 
 
+def first_line(error: BaseException) -> str:
+    """What is said of an error of a library, whose text may go on for pages; of one without words its
+    name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """A mistake that a user can put right. Printed as one line: what, why, what to do."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Context, Evaluation, StepStats
-from engines.errors import NonFiniteLoss, UserError
+from engines.errors import NonFiniteLoss, UserError, first_line
 from engines.first_order.adamw import prepare_training, run_passes, set_learning_rate
 from engines.first_order.captured_passes import CapturedPasses
 from engines.first_order.checkpoint import (
@@ -192,7 +192,7 @@ class TrainingLoop:
                 found = self.captured.step(batches)
             except RuntimeError as error:
                 self.captured = None
-                self.notes.append(f"no CUDA graph: {_first_line(error)}")
+                self.notes.append(f"no CUDA graph: {first_line(error)}")
                 found = None
             if self.captured is None:
                 self._give_back()
@@ -205,7 +205,7 @@ class TrainingLoop:
         except torch._dynamo.exc.TorchDynamoException as error:
             if not self._is_compiled or self.steps_done > 0:
                 raise
-            self.notes.append(f"not compiled: {_first_line(error)}")
+            self.notes.append(f"not compiled: {first_line(error)}")
         assert self._regions is not None
         assert isinstance(self.settings, CompiledBlockSettings)
         self._regions.remove()
@@ -296,7 +296,3 @@ class TrainingLoop:
 
 def _has_parts(parameter: Tensor) -> bool:
     return hasattr(parameter, "to_local")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

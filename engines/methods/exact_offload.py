@@ -104,7 +104,7 @@ from engines.cpu_updates.pipeline import GradientNotFinite, UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
-from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
+from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError, first_line
 from engines.first_order.adamw import prepare_training, weights_dtype
 from engines.first_order.checkpoint import (
     load_checkpoint,
@@ -343,8 +343,7 @@ class ExactOffload:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
-            assert self._kept is not None
-            self._disk_weights = self._kept.weights_ahead(
+            self._disk_weights = self.kept.weights_ahead(
                 self.settings.weights_on_disk(self._num_blocks), self.link, self.context.progress
             )
             self.streamed = StreamedWeights(
@@ -358,8 +357,7 @@ class ExactOffload:
             )
         for index, block in enumerate((*layout.blocks, *non_block)):
             if self.streamed is not None and index < self._num_blocks:
-                assert self._kept is not None
-                with self._kept.here(index, changes=True):
+                with self.kept.here(index, changes=True):
                     tensors |= self.streamed.fill(index, blueprint, self.host.weights[index])
                 self.on_gpu.append(self.streamed.memory(index))
                 continue
@@ -412,6 +410,12 @@ class ExactOffload:
         """What the host holds of the blocks."""
         assert self._states is not None, "setup comes first"
         return self._states
+
+    @property
+    def kept(self) -> KeptStates:
+        """The optimizer's states, in memory or on disk."""
+        assert self._kept is not None, "setup comes first"
+        return self._kept
 
     @property
     def pinned_bytes(self) -> int:
@@ -484,8 +488,7 @@ class ExactOffload:
             # Found before the first block has passed anything on.
             if not self._is_compiled or self.steps_done > 0 or self._in_flight.any():
                 raise
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.notes.append(f"not compiled: {first_line}")
+            self.notes.append(f"not compiled: {first_line(error)}")
             assert self._regions is not None
             self._regions.remove()
             self._install(compiled=False)
@@ -607,8 +610,7 @@ class ExactOffload:
         """Download a gradient (elements,) to the place of that `number` in `buffers` and hand it to the
         worker; the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is
         called when the place is free."""
-        kept, place = self._kept, buffers.own[number]
-        assert kept is not None
+        kept, place = self.kept, buffers.own[number]
         chunks, weights = self.host.chunks[index], self.on_gpu[index]
         norm = self._norms.take(index, gradient)
         self._step_d2h_bytes += gradient.nbytes + norm.nbytes
@@ -688,9 +690,8 @@ class ExactOffload:
         if self._pipeline is None:
             update_at_once(self._in_flight.all(), self.device)
         elif self.settings.waits_for_norm:
-            assert self._kept is not None
             for index in range(self._num_groups):
-                self._kept.submit(index, self._in_flight.of(index), self._pipeline)
+                self.kept.submit(index, self._in_flight.of(index), self._pipeline)
         if self.settings.waits_for_norm:
             for index in range(len(self._masters)):
                 self._update_on_gpu(index, scale)
@@ -724,8 +725,7 @@ class ExactOffload:
 
     def _weights_on_disk(self) -> Iterator[tuple[str, Tensor]]:
         for index in self.settings.weights_on_disk(self._num_blocks):
-            assert self._kept is not None
-            with self._kept.here(index, changes=False):
+            with self.kept.here(index, changes=False):
                 for name, tensor in self._layouts[index].views(self.host.weights[index]).items():
                     yield name, tensor.clone()
 
@@ -742,8 +742,7 @@ class ExactOffload:
             state |= each.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["gpu_blocks"] = self._updated_by_gpu
-        assert self._kept is not None
-        states, about["updates"] = self._kept.save(folder)
+        states, about["updates"] = self.kept.save(folder)
         state |= states
         if self.settings.max_grad_norm > 0:
             state["total"] = self._norms.last(self.steps_done, self._ranks).clone()
@@ -764,8 +763,7 @@ class ExactOffload:
                 f"has masters of {saved} blocks as the GPU has them, not of {self._updated_by_gpu}",
                 f"resume with --set {self.name}.gpu_blocks={saved}",
             )
-        assert self._kept is not None
-        self._kept.load(folder, tensors, about["updates"])
+        self.kept.load(folder, tensors, about["updates"])
         first = self._updated_by_gpu if self.streamed is None else self._num_blocks
         for index in range(first, self._num_groups):
             self.host.weights[index].copy_(self.on_gpu[index].detach())

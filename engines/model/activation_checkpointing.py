@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from engines.errors import first_line
 from engines.model.blocks import BlockCall, find_blocks, split_call
 from engines.model.cuda_graphs import replaced, tensors_of
 from engines.model.randomness import draws_random_numbers
@@ -120,8 +121,7 @@ class TrainedBlocks:
         try:
             return self._compiled[index](*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.why_not_compiled = first_line
+            self.why_not_compiled = first_line(error)
             self._compiled = None
             return self._forwards[index](*args, **kwargs)
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines.errors import first_line
 from engines.model.blocks import BlockCall
 from engines.model.cuda_graphs import MOST_FORMS, form_key, replaced, tensors_of
 from engines.model.graph_capture import capturing
@@ -191,7 +192,7 @@ class BlockMajorGraphs:
             with self._standing(), capturing(self._stream, self._pool) as graph:
                 work()
         except RuntimeError as error:
-            raise CaptureError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+            raise CaptureError(first_line(error)) from error
         return graph
 
     def _release(self) -> None:

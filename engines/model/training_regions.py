@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from engines.errors import UserError
+from engines.errors import UserError, first_line
 from engines.kernels.triton_launch import has_c_compiler
 from engines.model.blocks import find_blocks
 from engines.model.randomness import draws_random_numbers
@@ -130,7 +130,7 @@ class TrainingRegions:
         try:
             return run(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # before anything of the block has run
-            self.why_not_compiled = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self.why_not_compiled = first_line(error)
             return eager(*args, **kwargs)
 
     def remove(self) -> None:
