@@ -26,6 +26,8 @@ from profiles.system.nvml import NvmlDevice
 MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
 COPY_BYTES = 2**30
 SUSTAINED_DTYPE = "bf16"
+SUSTAINED_AT_LEAST_S = 1.0
+"""An H200 falls to its lasting rate within 0.2 s."""
 NUM_MEASUREMENTS = 6
 """Four of `probe_gpu`, workspaces, one of `sustained_flops`."""
 
@@ -123,13 +125,15 @@ def _product(meter: Meter, dtype: str) -> Figure:
 
 
 def sustained_flops(meter: Meter, seconds: float) -> Figure:
-    """FLOP/s of the bf16 product over the last third of `seconds` of it without a pause."""
+    """FLOP/s of the bf16 product over the last third of `seconds` of it without a pause, or of what is left
+    of the probe's time, if that is less: `SUSTAINED_AT_LEAST_S` at least, as every forecast that the GPU
+    decides rests on it."""
+    seconds = min(seconds, max(meter.left_s(), SUSTAINED_AT_LEAST_S))
     # Throttling is what this one is about: no reason to repeat it.
-    return meter.optional(
+    return meter.measure(
         "sustained load",
         lambda _: _freeing(_sustained_flops, seconds, meter.watch),
         absent,
-        needs_s=seconds,
         repeats=False,
     )
 

@@ -139,6 +139,24 @@ def test_an_interrupt_is_no_failed_measurement() -> None:
         meter.measure("a", interrupt, absent)
 
 
+@pytest.mark.parametrize(("left_s", "taken_s"), [(0.0, 1.0), (2.5, 2.5), (1000.0, 60.0)])
+def test_sustained_load_is_measured_however_late_it_is(
+    monkeypatch: pytest.MonkeyPatch, left_s: float, taken_s: float
+) -> None:
+    taken = []
+
+    def soak(seconds: float, watch: object) -> Figure:
+        taken.append(seconds)
+        return rate_figure(1.0, [1.0], "a load")
+
+    monkeypatch.setattr(gpu, "_sustained_flops", soak)
+    monkeypatch.setattr(gpu, "free", lambda: None)
+    monkeypatch.setattr(Meter, "left_s", lambda _: left_s)
+    meter = Meter(seconds_each=1.0, total=1, progress=lambda *_: None)
+    assert gpu.sustained_flops(meter, 60.0).value == 1.0
+    assert taken == [taken_s]
+
+
 def test_reasons_are_one_line() -> None:
     assert one_line(ValueError("")) == "ValueError"
     assert one_line(ValueError("a\nb")) == "ValueError: a"
