@@ -161,7 +161,7 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
     stop = _StopAfterStep()
     _remember(course, path)
     course.done = done
-    with _open_log(path) as log, _board(course, done) as board, on_first_signal(stop.ask):
+    with _open_log(path) as log, _board(course) as board, on_first_signal(stop.ask):
         if course.is_due(done) and (done == 0 or done < job.steps):
             _evaluate(engine, course, log, board, done)
         for step in range(done, job.steps):
@@ -273,7 +273,7 @@ def _keep_best(course: Course, step: int) -> None:
 
 
 @contextmanager
-def _board(course: Course, done: int) -> Iterator[Callable[..., None]]:
+def _board(course: Course) -> Iterator[Callable[..., None]]:
     """`add(name, value, step)` into files for TensorBoard, or into nothing."""
     if not course.board:
         yield lambda *_: None

@@ -100,7 +100,7 @@ def _start(study: LoadedStudy) -> float | None:
     return statistics.median(found) if found else None
 
 
-def target_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawing | None:
+def target_chart(methods: Sequence[MethodResult]) -> Drawing | None:
     """Time to the target; `None` where no method reached it with every seed."""
     rows = [
         BarRow(

@@ -71,7 +71,7 @@ def study_document(study: LoadedStudy, verdict: Verdict) -> Document:
                 title=say("sheet.study_methods"),
                 table=Table.of(method_columns(study), rows, say("tablenote.study_methods")),
             ),
-            *_there(target_chart(study, methods)),
+            *_there(target_chart(methods)),
         ],
         "quality": _there(quality_chart(study, methods)),
         "seeds": _sheet("study_seeds", trial_columns(metric), finals),
@@ -243,9 +243,7 @@ def _tiles(one: StudiedMethod) -> tuple[Tile, ...]:
         Tile(
             label=say("study.target_time"),
             value=quantity(format_seconds(reached.median)) if reached else reached_text(result),
-            detail=_seeds(
-                one, [quantity(format_seconds(s)) for s in result.time_to_target_s if s is not None]
-            ),
+            detail=_seeds(quantity(format_seconds(s)) for s in result.time_to_target_s if s is not None),
             known=reached is not None,
         ),
         Tile(
@@ -270,7 +268,7 @@ def _tiles(one: StudiedMethod) -> tuple[Tile, ...]:
     )
 
 
-def _seeds(one: StudiedMethod, times: Iterable[str]) -> str:
+def _seeds(times: Iterable[str]) -> str:
     return say("study.each_seed", times=say("show.list").join(times) or say("study.not_reached"))
 
 

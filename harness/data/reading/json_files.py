@@ -20,12 +20,12 @@ def json_records(name: str, text: str, *, lines: bool) -> Records:
     """
     start = text.lstrip()[:1]
     if lines and start != "[":
-        return _from_lines(name, text)
+        return _from_lines(text)
     try:
         value = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and start == "{":
-            return _from_lines(name, text)
+            return _from_lines(text)
         raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
     except ValueError as error:  # a number of thousands of digits, a key twice
         raise UserError(name, f"is not valid JSON ({error})", "fix it") from None
@@ -60,7 +60,7 @@ def _no_list(value: object) -> tuple[str, str]:
     return "is not a JSON list of records", LAYOUTS
 
 
-def _from_lines(name: str, text: str) -> Records:
+def _from_lines(text: str) -> Records:
     values: list[tuple[int, str, Any]] = []
     bad: list[BadRecord] = []
     for number, line in enumerate(text.split("\n"), start=1):

@@ -123,9 +123,9 @@ def number_classes(
             )
         return Classes(number_of={}, is_regression=True, words_are_unusable=True)
     if words and few_words and num_words < len(labels):
-        return _of_numbers(where, {label for label in labels if isinstance(label, int)}, labels, True)
+        return _of_numbers(where, labels, words_are_unusable=True)
     if not words:
-        return _of_numbers(where, {label for label in labels if isinstance(label, int)}, labels, False)
+        return _of_numbers(where, labels, words_are_unusable=False)
     if num_words < len(labels) and (len(labels) - num_words) * FEW > len(labels):
         number = next(label for label in labels if not isinstance(label, str))
         raise UserError(
@@ -136,7 +136,8 @@ def number_classes(
     return _of_words(where, {str(label) for label in labels}, len(labels), label_ids)
 
 
-def _of_numbers(where: str, values: set[int], labels: Sequence[Label], words_are_unusable: bool) -> Classes:
+def _of_numbers(where: str, labels: Sequence[Label], *, words_are_unusable: bool) -> Classes:
+    values = {label for label in labels if isinstance(label, int)}
     others = values - {-1}
     rest = range(len(others))
     is_none = -1 in values and labels.count(-1) * FEW <= len(labels) and others == set(rest)

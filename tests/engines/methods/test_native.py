@@ -231,7 +231,7 @@ def test_compiled_steps_are_those_of_the_plain_loop_within_a_few_roundings(famil
     losses, expected = plain_loop(family, True, torch.float32, batches, replace(SETTINGS, compile=True))
     for checkpointing in (False, True):
         settings = replace(SETTINGS, compile=True)
-        engine = native(tiny_blueprint(family, True), context(checkpointing=checkpointing), settings)
+        engine = native(tiny_blueprint(family, tied=True), context(checkpointing=checkpointing), settings)
         assert [engine.step(each).loss for each in batches] == pytest.approx(losses, rel=1e-5)
         assert not engine.notes
         for name, tensor in weights(engine).items():
@@ -259,11 +259,11 @@ def test_a_batch_of_another_form_has_the_memory_of_graphs_where_it_must(
     """As where sequences are padded to the longest: each new length runs without graphs, beside theirs. The
     same losses and weights; from the second time on there are none."""
     batches = tiny_batches(4, "llama")
-    expected = native(tiny_blueprint("llama", False), context())
+    expected = native(tiny_blueprint("llama", tied=False), context())
     losses = [expected.step([batch]).loss for batch in batches]
     evaluated = expected.evaluate(batches)
 
-    engine, graphs = native(tiny_blueprint("llama", False), context()), Graphs()
+    engine, graphs = native(tiny_blueprint("llama", tied=False), context()), Graphs()
     loop: Any = engine.loop
     loop.captured = graphs
     run, judge = training_loop.run_passes, training_loop.evaluate_on_device
@@ -293,7 +293,7 @@ def test_memory_that_ends_without_graphs_ends_the_run(monkeypatch: pytest.Monkey
     def fail(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine = native(tiny_blueprint("llama", False), context())
+    engine = native(tiny_blueprint("llama", tied=False), context())
     monkeypatch.setattr(training_loop, "run_passes", fail)
     with pytest.raises(torch.OutOfMemoryError):
         engine.step(tiny_batches(1, "llama"))

@@ -63,8 +63,8 @@ def test_equals_mezo_over_twelve_steps_an_evaluation_and_a_resume(
 def test_equals_mezo_in_half_precision(dtype: Dtype, noise: str) -> None:
     where = context(dtype=dtype)
     mezo, streamed = (
-        make_mezo(tiny_blueprint("llama", True), where, noise=noise),
-        make_zo2(tiny_blueprint("llama", True), where, noise=noise),
+        make_mezo(tiny_blueprint("llama", tied=True), where, noise=noise),
+        make_zo2(tiny_blueprint("llama", tied=True), where, noise=noise),
     )
     assert_same_steps(mezo, streamed, tiny_batches(4, "llama"))
     assert_same_weights(mezo, streamed)
@@ -167,8 +167,8 @@ def test_padded_batches_of_changing_length(family: str, padding: slice) -> None:
 def test_learning_rate_schedules_act_on_every_parameter(schedule: str) -> None:
     where = context(steps=4)
     knobs = {"schedule": schedule, "warmup_steps": 2}
-    mezo = make_mezo(tiny_blueprint("gpt2", True), where, **knobs)
-    streamed = make_zo2(tiny_blueprint("gpt2", True), where, **knobs)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), where, **knobs)
+    streamed = make_zo2(tiny_blueprint("gpt2", tied=True), where, **knobs)
     before = {name: weight.clone() for name, weight in streamed.weights()}
     batches = tiny_batches(7, "gpt2")
     assert_same_steps(mezo, streamed, batches[:4])
@@ -180,7 +180,7 @@ def test_learning_rate_schedules_act_on_every_parameter(schedule: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_perturbing_never_changes_the_weights(dtype: Dtype) -> None:
-    streamed = make_zo2(tiny_blueprint("opt", True), context(dtype=dtype), learning_rate=0.0, eps=1e-2)
+    streamed = make_zo2(tiny_blueprint("opt", tied=True), context(dtype=dtype), learning_rate=0.0, eps=1e-2)
     before = {name: weight.clone() for name, weight in streamed.weights()}
     for batch in tiny_batches(3, "opt"):
         assert streamed.step([batch]).projected_gradient != 0.0
@@ -287,13 +287,13 @@ def test_fewer_downloads_give_the_same_bits(fold_every: int, resident_blocks: in
 def test_a_log_is_as_good_as_a_checkpoint() -> None:
     """Base weights and updates give the weights after them, through more updates than a log holds."""
     where = context(dtype="fp16", steps=200)
-    mezo = make_mezo(tiny_blueprint("gpt2", True), where)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), where)
     updates = [
         update
         for batch in tiny_batches(2 * LOG_CAPACITY + 6, "gpt2")
         for update in mezo.step([batch]).updates
     ]
-    others = [make(tiny_blueprint("gpt2", True), where) for make in (make_mezo, make_zo2)]
+    others = [make(tiny_blueprint("gpt2", tied=True), where) for make in (make_mezo, make_zo2)]
     assert_replays(mezo, updates, others)
     assert_all_same_steps(mezo, others, tiny_batches(3, "gpt2", seed=5))
 

@@ -159,8 +159,8 @@ def test_equals_mezo_with_evaluations_exports_and_a_resume(
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_equals_mezo_for_every_family_over_ten_steps(family: str, tmp_path: Path) -> None:
-    mezo = make_mezo(tiny_blueprint(family, True))
-    streamed = make(tiny_blueprint(family, True), tmp_path, disk_blocks=2)
+    mezo = make_mezo(tiny_blueprint(family, tied=True))
+    streamed = make(tiny_blueprint(family, tied=True), tmp_path, disk_blocks=2)
     assert_same_steps(mezo, streamed, tiny_batches(10, family))
     assert_same_weights(mezo, streamed)
     streamed.close()
@@ -258,13 +258,13 @@ def test_a_run_that_the_log_holds_takes_no_second_file(tmp_path: Path) -> None:
 def test_a_log_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
     """Replayed onto blocks on disk, through more updates than the log holds."""
     where = context(dtype="fp16", steps=200)
-    mezo = make_mezo(tiny_blueprint("gpt2", True), where)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), where)
     updates = [
         update
         for batch in tiny_batches(2 * LOG_CAPACITY + 6, "gpt2")
         for update in mezo.step([batch]).updates
     ]
-    replayed = make(tiny_blueprint("gpt2", True), tmp_path, where)
+    replayed = make(tiny_blueprint("gpt2", tied=True), tmp_path, where)
     replayed.replay(updates)
     assert_same_weights(mezo, replayed)
     assert_same_steps(mezo, replayed, tiny_batches(3, "gpt2", seed=5))

@@ -43,7 +43,7 @@ class Running(Lsp):
         workload = Workload(batch_size=2, seq_len=16, dtype="fp32", checkpointing=True)
         context = Context(device="cpu", workload=workload, seed=7, total_steps=STEPS)
         super().__init__(replace(SETTINGS, **changes), context)
-        blueprint = tiny_blueprint("opt", True, num_blocks=2)
+        blueprint = tiny_blueprint("opt", tied=True, num_blocks=2)
         for number, name in enumerate((OUTSIDE, INSIDE)):
             blueprint.model.get_submodule(name).table = nn.Parameter(torch.empty(4, 16, device="meta"))
             table = torch.randn(4, 16, generator=torch.Generator().manual_seed(number))

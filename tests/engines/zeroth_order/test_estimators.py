@@ -233,12 +233,12 @@ def test_micro_batches_share_the_noise(settings: MezoSettings) -> None:
 @each_case
 def test_a_log_is_as_good_as_a_checkpoint(settings: MezoSettings) -> None:
     where = context(dtype="fp16")
-    mezo = make_mezo(tiny_blueprint("gpt2", True), where, like=settings)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), where, like=settings)
     updates: list[Update] = []
     for batch in tiny_batches(14, "gpt2"):
         updates += mezo.step([batch]).updates
     replayed, streamed = (
-        make(tiny_blueprint("gpt2", True), where, like=settings) for make in (make_mezo, make_zo2)
+        make(tiny_blueprint("gpt2", tied=True), where, like=settings) for make in (make_mezo, make_zo2)
     )
     assert_replays(mezo, updates, (replayed, streamed))
     assert_all_same_steps(mezo, (replayed, streamed), tiny_batches(3, "gpt2", seed=5))

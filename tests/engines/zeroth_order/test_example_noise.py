@@ -240,12 +240,12 @@ def test_resumes_bit_for_bit_within_a_window_and_at_its_end(
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_a_log_is_as_good_as_a_checkpoint(count: int) -> None:
-    mezo = make_mezo(tiny_blueprint("gpt2", True), of_four("fp16"), like=GRZO)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), of_four("fp16"), like=GRZO)
     updates: list[Update] = []
     for batch in tiny_batches(count, "gpt2", batch_size=4):
         updates += mezo.step([batch]).updates
     others = [
-        make(tiny_blueprint("gpt2", True), of_four("fp16"), like=GRZO) for make in (make_mezo, make_zo2)
+        make(tiny_blueprint("gpt2", tied=True), of_four("fp16"), like=GRZO) for make in (make_mezo, make_zo2)
     ]
     assert_replays(mezo, updates, others)
     assert_all_same_steps(mezo, others, tiny_batches(4, "gpt2", seed=5, batch_size=4))

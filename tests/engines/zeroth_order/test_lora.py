@@ -289,7 +289,7 @@ def test_the_landed_share_is_that_of_an_adapter() -> None:
 
 
 def test_the_number_of_parameters_keeps_noise_apart() -> None:
-    made = make_zo2(tiny_blueprint("llama", True))
+    made = make_zo2(tiny_blueprint("llama", tied=True))
     numbers = made._model.adapters.numbers
     assert list(numbers) == sorted(numbers)
     first = len(made._layout.numbers)

@@ -234,12 +234,12 @@ def test_resumes_bit_for_bit_within_a_window_and_at_its_end(
 @pytest.mark.parametrize("queries", [1, 2])
 def test_a_log_is_as_good_as_a_checkpoint(queries: int, count: int) -> None:
     given_settings, where = replace(LOZO, queries=queries), context(dtype="fp16")
-    mezo = make_mezo(tiny_blueprint("gpt2", True), where, like=given_settings)
+    mezo = make_mezo(tiny_blueprint("gpt2", tied=True), where, like=given_settings)
     updates: list[Update] = []
     for batch in tiny_batches(count, "gpt2"):
         updates += mezo.step([batch]).updates
     others = [
-        make(tiny_blueprint("gpt2", True), where, like=given_settings) for make in (make_mezo, make_zo2)
+        make(tiny_blueprint("gpt2", tied=True), where, like=given_settings) for make in (make_mezo, make_zo2)
     ]
     assert_replays(mezo, updates, others)
     assert_all_same_steps(mezo, others, tiny_batches(4, "gpt2", seed=5))

@@ -48,7 +48,7 @@ def run_on(
 ) -> Run:
     """Losses and updates of some steps, the weights after them, and an evaluation on the way."""
     where = replace(context(dtype=dtype, accumulation=accumulation), world=world)
-    made = make(tiny_blueprint("opt", True), where, **knobs)
+    made = make(tiny_blueprint("opt", tied=True), where, **knobs)
     try:
         stats: list[StepStats] = []
         for number, group in enumerate(in_groups(batches_of(STEPS * accumulation), accumulation)):
