@@ -38,11 +38,11 @@ CPU_MATMUL_EFFICIENCY = 0.7
 """Rate of a model's matrix products on a CPU over that of one large product: attention and small products
 weigh more. Assumed, not measured."""
 
-LAUNCH_S = 35e-6
+LAUNCH_S = 22e-6
 """Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
-included, where the profile does not say it. When the GPU is faster than this it waits: on one H200 native
-takes 0.178 s for the 1.3B LLaMA shape, whose GPU work is 0.12 s, and the optimizer adds nothing (0.152 s
-without, 0.151 s with)."""
+included, where the profile does not say it: the middle of the middle samples of 14 probes on hosts of H200s,
+which are 17 to 58 us. Native's eager blocks that run again took 0.152 to 0.178 s at 1.3B, of which 0.151 are
+predicted with it."""
 
 AUTOGRAD_TIMES = 1.6
 """What an operation takes with autograd over what it takes without, at most: 1.04 and 1.5 on two hosts of

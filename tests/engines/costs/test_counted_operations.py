@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engines import load_engine
 from engines.base import Context
 from engines.costs.loss import CHUNK_LOGIT_BYTES_EAGER, LOGIT_BYTES_EAGER
-from engines.costs.transformer import STACKED_GATED_KERNELS
+from engines.costs.transformer import SAVED_GATED, SAVED_PLAIN, STACKED_GATED_KERNELS
 from engines.first_order.head_loss import loss_and_slope
 from engines.settings.parse import parse_settings
 from engines.zeroth_order.perturbed_model import PerturbedModel
 from engines.zeroth_order.perturbed_weights import BlockScratch
 from harness.data.batches import make_data
 from harness.models.blueprint import make_blueprint
+from harness.models.configs import load_config
 from harness.records.job import DataSource, Job, ModelSource
 from harness.resolve import resolve_shape
 
@@ -91,6 +92,23 @@ def test_kernels_of_a_gated_block_in_a_stacked_batch(monkeypatch: pytest.MonkeyP
         engine.step(data.step_batches(0))
     engine.close()
     assert sum(operations.count.values()) == STACKED_GATED_KERNELS * shape.num_blocks
+
+
+@pytest.mark.parametrize(("name", "saved"), [("tiny-llama", SAVED_GATED), ("tiny-opt", SAVED_PLAIN)])
+def test_tensors_that_a_block_saves_for_the_backward_pass(name: str, saved: int) -> None:
+    """For each of them a block that runs again calls `torch.utils.checkpoint`'s Python."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = dict(load_config(ModelSource(name=name, random_weights=True)))
+    counts = []
+    for blocks in (1, 2):
+        config = AutoConfig.for_model(**{**given, "num_hidden_layers": blocks, "dropout": 0.0})
+        model = AutoModelForCausalLM.from_config(config).train()
+        packed: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda kept: kept):
+            model(torch.zeros(1, 8, dtype=torch.long), use_cache=False)
+        counts.append(len(packed))
+    assert counts[1] - counts[0] == saved
 
 
 TOKENS, VOCABULARY = 24, 40

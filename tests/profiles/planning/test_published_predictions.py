@@ -50,7 +50,6 @@ BESIDE_THE_CPU = ("lsp", "exact-offload", "torchao-offload")
 
 MISSED = {
     "deepseek-coder-1.3b-16k-tokens-lsp-three-quarters_h200_20261130 lsp",
-    "deepseek-coder-1.3b-16k-tokens-torchao_h200_20261130 torchao-offload",
 }
 """Methods of a record that took longer than the error allows which plans state: nothing of theirs is a CUDA
 graph, and their host took long to start operations (`engines/EXPERIMENTS.md`, 15:40 of that day)."""
