@@ -11,7 +11,7 @@ from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
 from harness.records.run import Environment, Run
 from profiles.figures import reported
-from profiles.language import large_count, quantity, translated
+from profiles.language import enumerated, large_count, quantity, translated
 from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
@@ -287,10 +287,10 @@ def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
     for key, value in fields.items():
         without = [e for e in all_.engines if all_.of(e).ok and typical(all_.of(e), value) is None]
         if without:
-            lines.append(say("open.field", what=say(f"open.{key}"), engines=", ".join(without)))
+            lines.append(say("open.field", what=say(f"open.{key}"), engines=enumerated(without)))
     nothing = [engine for engine in all_.engines if not all_.of(engine).ok]
     if nothing:
-        lines.append(say("open.methods", engines=", ".join(nothing)))
+        lines.append(say("open.methods", engines=enumerated(nothing)))
     return (*lines, *(say(f"open.{key}") for key in ("quality", "clocks", "cost", "scale")))
 
 

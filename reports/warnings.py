@@ -12,7 +12,7 @@ from harness.records.memory_limits import gpu_taken_bytes, imposed_card_bytes
 from harness.records.run import Run
 from harness.records.stats import DISTURBED_FACTOR, differing_field, disturbed, faster_or_slower
 from harness.runs.emulate import what_is_short
-from profiles.language import translated
+from profiles.language import enumerated, translated
 from profiles.machine import Machine
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria, default_criteria
@@ -200,7 +200,9 @@ def _about_memory_saved(all_: Measurements) -> str | None:
         and taken >= native
     ]
     return (
-        say("warning.no_memory_saved", native=format_bytes(native), items=", ".join(items)) if items else None
+        say("warning.no_memory_saved", native=format_bytes(native), items=enumerated(items))
+        if items
+        else None
     )
 
 
@@ -219,7 +221,7 @@ def _about_the_card(runs: Sequence[Run]) -> str | None:
         say("warning.item", engine=engine, value=format_bytes(used))
         for engine, used in sorted(beyond.items())
     ]
-    return say("warning.beyond_card", card=format_bytes(min(cards)), items=", ".join(items))
+    return say("warning.beyond_card", card=format_bytes(min(cards)), items=enumerated(items))
 
 
 def _about_disturbed(all_: Measurements) -> str | None:
@@ -234,7 +236,7 @@ def _about_disturbed(all_: Measurements) -> str | None:
     ]
     if not items:
         return None
-    return say("warning.disturbed", factor=DISTURBED_FACTOR, items=", ".join(items))
+    return say("warning.disturbed", factor=DISTURBED_FACTOR, items=enumerated(items))
 
 
 def _about_held_clocks(runs: Sequence[Run]) -> str | None:
@@ -317,7 +319,7 @@ def _about_emulation(runs: Sequence[Run]) -> str | None:
     names = sorted({run.environment.emulated for run in runs if run.environment.emulated is not None})
     if not names:
         return None
-    text = say("warning.emulated", names=", ".join(names))
+    text = say("warning.emulated", names=enumerated(names))
     short = dict.fromkeys(
         f"{run.engine}: {line}"
         for run in runs
@@ -367,5 +369,5 @@ def about_integrity(findings: Sequence[ManifestFinding], runs: Sequence[Run]) ->
 
 def _items(names: Sequence[str]) -> str:
     rest = len(names) - MOST_NAMED
-    named = ", ".join(names[:MOST_NAMED])
+    named = enumerated(names[:MOST_NAMED])
     return say("integrity.and_more", items=named, count=rest) if rest > 0 else named

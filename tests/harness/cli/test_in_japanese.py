@@ -6,19 +6,25 @@ import ast
 import io
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
+from known_shapes import LAPTOP_CPU
 from rich.console import Console
 from typer.testing import CliRunner
 
+from engines import public_engines
+from engines.shapes import Workload
 from harness.cli.app import app
 from harness.cli.sweep_progress import ended_line
 from harness.cli.tables import runs_table
+from harness.models.configs import named_shape
 from harness.records.run import Run
 from profiles.catalog import find_profile, machine_names
 from profiles.display.tables import machine_table
 from profiles.language import speaking, translated
+from profiles.planning.recommend import recommend
 from run_records import cpu_runs, emulated_run, make_failures, make_sweep, write_folder
 
 OF_TEST_RECORDS = (
@@ -193,3 +199,24 @@ def test_plans_without_a_gpu_are_in_japanese() -> None:
             shown = translated(sentence)
             assert JAPANESE.search(shown), shown
             assert not ENGLISH.search(shown), shown
+
+
+@pytest.mark.parametrize("machine", ["rtx-3060-12gb", "t4", "h200", "none"])
+def test_every_reason_of_plans_is_in_japanese(machine: str) -> None:
+    """Of jobs that fit, of those that do not, on several GPUs and with little host memory."""
+    where = LAPTOP_CPU if machine == "none" else find_profile(Path(machine))
+    works = (
+        Workload(batch_size=4, seq_len=512),
+        Workload(batch_size=1, seq_len=512, accumulation=4, dtype="fp16"),
+    )
+    limits = ((1, None), (1, 16 * 10**9), (2, None))[: 1 if machine == "none" else 3]
+    told = set()
+    for model, work, (gpus, host_bytes) in product(("llama-3.1-8b", "opt-66b", "gpt2"), works, limits):
+        shape = named_shape(model)
+        for plan in recommend(where, shape, work, public_engines(), {}, gpus=gpus, host_bytes=host_bytes):
+            told |= {*plan.reasons, plan.why_not or "", plan.prediction.basis}
+    with speaking("ja"):
+        # Names of studies are as they are in records.
+        said = {each: translated(each) for each in told if not each.startswith("quality: on ")}
+    left = {each: text for each, text in said.items() if ENGLISH.search(AS_TYPED.sub("", text))}
+    assert not left
