@@ -42,16 +42,30 @@ def predicted_at(run: Run, machine: Machine, shape: ModelShape, forward_s: float
     return context.predict(run.plan.settings.typed)
 
 
+def started_s(run: Run, machine: Machine) -> float | None:
+    """What starting an operation took `run` in the steps that count: what `machine` says, as many times as
+    long as a turn of its Python loop was around them. Where either has not timed the loop, what an operation
+    took the run when its steps were over, at the speed that its core had then; `None`: nor has it timed that.
+    """
+    turn, start = machine.cpu.python_turn_s, machine.cpu.forward_launch_s
+    around = (run.summary.python_turn_before_s, run.summary.python_turn_after_s)
+    known = [turn_s for turn_s in around if turn_s is not None]
+    one_python = run.environment.python == machine.versions.get("python")
+    if not (known and one_python and turn.value and start.value):
+        return run.summary.forward_launch_s
+    return start.value * statistics.mean(known) / turn.value
+
+
 def explains(run: Run, machine: Machine, shape: ModelShape) -> bool:
     """Whether a step outside its predicted range lies inside where the prediction is made with what starting
     an operation took this run."""
-    started_s, taken_s, predicted = run.summary.forward_launch_s, run.summary.step_s_median, run.predicted
-    if started_s is None or taken_s is None or predicted is None:
+    at_s, taken_s, predicted = started_s(run, machine), run.summary.step_s_median, run.predicted
+    if at_s is None or taken_s is None or predicted is None:
         return False
     low_s, high_s = predicted.step_s_low, predicted.step_s_high
     if low_s is None or high_s is None or low_s <= taken_s <= high_s:
         return False
-    at_its_speed = predicted_at(run, machine, shape, started_s)
+    at_its_speed = predicted_at(run, machine, shape, at_s)
     if at_its_speed is None or at_its_speed.step_s_low is None or at_its_speed.step_s_high is None:
         return False
     return at_its_speed.step_s_low <= taken_s <= at_its_speed.step_s_high
@@ -64,7 +78,7 @@ class MethodAtSpeeds:
 
     engine: str
     started_s: float
-    """What starting an operation took, the median over its runs."""
+    """What starting an operation took (`started_s`), the median over its runs."""
     python_turn_s: float | None
     """Of a Python loop, before and after its steps, likewise; `None`: not in its records."""
     step_s: float
@@ -102,7 +116,7 @@ def unlike_speeds(
         if run.end_state == "ok" and run.summary.step_s_median:
             of_engine.setdefault(run.engine, []).append(run)
     timed = {
-        engine: [taken_s for run in own if (taken_s := run.summary.forward_launch_s)]
+        engine: [taken_s for run in own if (taken_s := started_s(run, machine))]
         for engine, own in of_engine.items()
     }
     started = {engine: statistics.median(times_s) for engine, times_s in timed.items() if times_s}
@@ -111,8 +125,8 @@ def unlike_speeds(
     quick_s, slow_s = min(started.values()), max(started.values())
     methods = [
         found
-        for engine, started_s in started.items()
-        if (found := _at_speeds(of_engine[engine], started_s, (quick_s, slow_s), machine, shape)) is not None
+        for engine, its_s in started.items()
+        if (found := _at_speeds(of_engine[engine], its_s, (quick_s, slow_s), machine, shape)) is not None
     ]
     waiting = tuple(method for method in methods if method.waits)
     if not waiting:
@@ -121,9 +135,9 @@ def unlike_speeds(
 
 
 def _at_speeds(
-    runs: Sequence[Run], started_s: float, speeds: tuple[float, float], machine: Machine, shape: ModelShape
+    runs: Sequence[Run], its_s: float, speeds: tuple[float, float], machine: Machine, shape: ModelShape
 ) -> MethodAtSpeeds | None:
-    predicted = [predicted_at(runs[0], machine, shape, each_s) for each_s in (started_s, *speeds)]
+    predicted = [predicted_at(runs[0], machine, shape, each_s) for each_s in (its_s, *speeds)]
     steps = [each.step_s for each in predicted if each is not None and each.step_s]
     if len(steps) < len(predicted):
         return None
@@ -136,7 +150,7 @@ def _at_speeds(
     ]
     return MethodAtSpeeds(
         engine=runs[0].engine,
-        started_s=started_s,
+        started_s=its_s,
         python_turn_s=statistics.median(turns) if turns else None,
         step_s=step_s,
         step_quick_s=step_s * steps[1] / steps[0],

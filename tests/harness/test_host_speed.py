@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines.settings.parse import settings_of_document
-from harness.host_speed import explains, predicted_at, unlike_speeds
+from harness.host_speed import explains, predicted_at, started_s, unlike_speeds
 from harness.records.comparison import other_host
 from harness.records.job import make_job
 from harness.records.run import Run, load_run
@@ -55,6 +55,21 @@ def test_a_step_that_waits_is_predicted_longer_on_a_slower_processor() -> None:
     assert slow.step_s == pytest.approx(24 / 15 * quick.step_s, rel=0.01)
     emulated = replace(EAGER, environment=replace(EAGER.environment, emulated="a card"))
     assert predicted_at(emulated, MACHINE, SHAPE, 15e-6) is None
+
+
+def test_what_starting_took_in_the_steps_is_the_profile_at_the_speed_of_the_loop() -> None:
+    """Around them, not after them, where both have timed the loop with one Python."""
+    cpu = MACHINE.cpu
+    timed = replace(cpu, python_turn_s=replace(cpu.forward_launch_s, value=45e-9))
+    timed = replace(timed, forward_launch_s=replace(cpu.forward_launch_s, value=18e-6))
+    machine = replace(MACHINE, cpu=timed)
+    turns = replace(EAGER.summary, python_turn_before_s=32e-9, python_turn_after_s=58e-9)
+    run = replace(EAGER, summary=turns)
+    assert started_s(run, machine) == pytest.approx(18e-6)
+    after = EAGER.summary.forward_launch_s
+    assert started_s(run, MACHINE) == started_s(EAGER, machine) == after
+    other = replace(run, environment=replace(run.environment, python="3.99"))
+    assert started_s(other, machine) == after
 
 
 def test_an_order_that_the_processors_made_is_found() -> None:

@@ -12,7 +12,8 @@ copy (fork) of one that has loaded the libraries and has no CUDA context, which 
 them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
 that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is compared where it is
 several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors; of
-a step also with what starting an operation took the run itself, which leaves the error of the model alone.
+a step also with what starting an operation took the run itself (`harness.host_speed.started_s`), which leaves
+the error of the model alone.
 
 With `--edges-at-once 4` the edges come first, four at a time, each held to its own --vram: what they are
 asked is whether memory is enough, and their times say nothing then (they are left out of the table). Each run
@@ -59,6 +60,7 @@ from engines.costs.resources.traffic import Traffic  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
 from engines.costs.transformer import runs_as_graphs  # noqa: E402
 from engines.settings.parse import parse_settings  # noqa: E402
+from harness.host_speed import started_s  # noqa: E402
 from harness.pipeline import find_machine, plan_job  # noqa: E402
 from harness.records.environment import read_environment  # noqa: E402
 from harness.records.job import DataSource, Job, Limits, ModelSource, make_job  # noqa: E402
@@ -518,10 +520,10 @@ def row_of(record: Run, machine: Machine) -> Row:
     cost = cost_of(record, job)
     budget = budget_of(machine, job.limits.vram_bytes, None, None)
     now, measured = predict(cost, machine, job.workload), record.summary
-    took_s, started_s = measured.step_s_median, measured.forward_launch_s
+    took_s, its_s = measured.step_s_median, started_s(record, machine)
     at_its_speed_s = None
-    if started_s is not None:
-        at_its_speed_s = predict(cost, with_launches_of(machine, started_s), job.workload).step_s
+    if its_s is not None:
+        at_its_speed_s = predict(cost, with_launches_of(machine, its_s), job.workload).step_s
 
     def over(predicted: float | None, taken: float | None) -> float | None:
         return predicted / taken if predicted and taken and record.end_state == "ok" else None
