@@ -74,7 +74,7 @@ class _Block:
 
 
 class LowRank(TwoSided):
-    """Low-rank noise of a model, in the place of `engines.zeroth_order.lora.Adapters`.
+    """Low-rank noise of a model, in the place of `engines.zeroth_order.low_rank.lora.Adapters`.
 
     `model` is read and not changed, and its weights need not be there. Raises `UserError` if nothing in its
     trained blocks can have such noise.
