@@ -47,12 +47,13 @@ WHEN = (
     "_noon",
     "_afternoon",
     "_second_afternoon",
+    "_second_evening",
 )
 FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
 """Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
 README of the first says."""
 
-CELLS = 475
+CELLS = 490
 RAN_OUT = 128
 """Of memory."""
 NOW = {
@@ -60,15 +61,23 @@ NOW = {
     "reserved GPU memory": (196, 0.0285, 0.0823),
     "host memory": (73, 0.0207, 0.0404),
 }
-"""Cells, median error and within what nine in ten are, of all folders but the last; a better model makes them
-smaller."""
+"""Cells, median error and within what nine in ten are, of all folders but those below; a better model makes
+them smaller."""
 DRAWN = {
-    "step": (19, 0.1327, 0.392),
-    "step, with these launches": (19, 0.0775, 0.301),
-    "reserved GPU memory": (41, 0.0151, 0.1294),
-    "host memory": (3, 0.0292, 0.0371),
+    "_second_afternoon": {
+        "step": (19, 0.1327, 0.392),
+        "step, with these launches": (19, 0.0775, 0.301),
+        "reserved GPU memory": (41, 0.0151, 0.1294),
+        "host memory": (3, 0.0292, 0.0371),
+    },
+    "_second_evening": {
+        "step": (15, 0.1287, 0.4433),
+        "step, with these launches": (15, 0.1018, 0.4097),
+        "reserved GPU memory": (15, 0.0183, 0.1178),
+        "host memory": (3, 0.0151, 0.0372),
+    },
 }
-"""The same of the last, whose cells were drawn by lot."""
+"""The same of folders whose cells were drawn by lot, each by itself."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
@@ -105,12 +114,20 @@ def test_no_cell_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quantity", "drawn"),
-    [*((quantity, False) for quantity in NOW), *((quantity, True) for quantity in DRAWN)],
+    ("when", "quantity"),
+    [
+        *(("all others", quantity) for quantity in NOW),
+        *((when, quantity) for when, lines in DRAWN.items() for quantity in lines),
+    ],
 )
-def test_the_errors_do_not_grow(quantity: str, drawn: bool) -> None:
-    count, median, nine_in_ten = (DRAWN if drawn else NOW)[quantity]
-    among = [row for folder in (FOLDERS[-1:] if drawn else FOLDERS[:-1]) for row in rows_in(folder)]
+def test_the_errors_do_not_grow(when: str, quantity: str) -> None:
+    count, median, nine_in_ten = DRAWN.get(when, NOW)[quantity]
+    among = [
+        row
+        for its, folder in zip(WHEN, FOLDERS, strict=True)
+        if (its == when if when in DRAWN else its not in DRAWN)
+        for row in rows_in(folder)
+    ]
     found = errors_of(among, QUANTITIES[quantity])
     assert found is not None
     assert found.count >= count, "a cell was lost"
@@ -120,7 +137,7 @@ def test_the_errors_do_not_grow(quantity: str, drawn: bool) -> None:
 
 def test_nine_in_ten_steps_take_what_their_range_says() -> None:
     inside = [row.inside for row in rows() if row.inside is not None]
-    assert len(inside) >= 58
+    assert len(inside) >= 73
     assert sum(inside) >= INSIDE * len(inside), text_of(rows())
 
 
@@ -221,4 +238,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 237 |" in done.stdout
+    assert "| reserved GPU memory | 252 |" in done.stdout
