@@ -19,10 +19,10 @@ PAGED_FACTOR = 2
 IN_FLIGHT = 2
 """Gradients of the size of the largest tensor that an optimizer inside the backward pass has at once."""
 
-OPTIMIZER_IN_BACKWARD_LAUNCHES = 9
+OPTIMIZER_IN_BACKWARD_LAUNCHES = 5
 """What the Python of one torch optimizer for one parameter takes, in operations without autograd, called by
-the thread of the backward pass: 0.173 ms in two jobs on H200s (288 and 384 of them a step), where one is
-19 us. On a CPU it takes 5 (`tests/studies/launch_counts.py`), without what CUDA adds."""
+the thread of the backward pass. By time on a CPU (`tests/studies/launch_counts.py`), without what CUDA adds:
+four jobs on H200s, of 288 to 432 of them a step, took 5 to 7.8 beside what starts their blocks."""
 
 GALORE_LAUNCHES = 4
 """The same for one parameter of galore-torch's AdamW: 12 operations without autograd. On an H200 they hide
