@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from engines.costs import loss, transformer
 from engines.costs.memory import activations
-from engines.costs.memory.segments import stays_in_logits
+from engines.costs.memory.segments import lost_in_head_gradient, stays_in_logits
 from engines.costs.memory.trial import with_trial
 from engines.costs.native import (
     ADAM_PASSES,
@@ -353,10 +353,20 @@ def _gpu_memory(
         },
     )
     kinds = [{**held, **moment} for moment in moments]
+    if settings.train_outer and trained_bytes:
+        # Gradients of the head and of the embedding are made before they are added to those that are there.
+        of_head = {
+            "activations": saved,
+            "logits": _logits_bytes(shape, workload, settings) // 2,
+            "scratch": element * shape.head_parameters,
+        }
+        kinds += [{**held, **of_head}, {**held, "scratch": element * shape.largest_tensor}]
     apart = activations.apart_bytes(kinds)
     if settings.block_major:  # a block's passes find the places that the logits have left
         apart = int(UNSHARED * apart)
     stays = _pool_bytes(shape, workload, settings)
+    if settings.train_outer and trained_bytes:
+        stays += lost_in_head_gradient(shape, workload)
     if settings.streams and stays_in_logits(shape, workload):
         stays, apart = stays + apart, 0
     most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
