@@ -43,7 +43,7 @@ RECORDS: dict[str, dict[str, dict[str, str]]] = {
         "exact-offload, all updates on the CPU": (
             _each("1.3b", "-exact-offload") | {"4k": "deepseek-coder-1.3b-exact-offload-again_h200_20261130"}
         ),
-        "lsp, n/4": _each("1.3b", "-lsp-quarter", "4k"),
+        "lsp, n/4": _each("1.3b", "-lsp-quarter"),
         "lsp, n/2": _each("1.3b", "-lsp") | {"4k": "deepseek-coder-1.3b-lsp_h200_20261130"},
         "lsp, 3n/4": (
             _each("1.3b", "-lsp-three-quarters")
