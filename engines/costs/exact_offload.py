@@ -87,10 +87,9 @@ nothing, a block of a tiny model takes 78 of them longer than native's (103 whil
 itself), and what it asks of the driver, 22 events and 36 waits and questions (39 and 74 then), is some 15
 more at 7 us an event (`engines.transfer.clock.compute_stream`) and, guessed, 2 for the others."""
 
-GPU_UPDATE_LAUNCHES = 300
-"""Likewise of a block that the GPU updates. From one run on an H200, in which 24 blocks, 22 of them its own,
-took 5.6 ms each in launches of 14 us, each tensor then updated by itself; tensors in one go spare some 40,
-and some 5 that they are widened and rounded in one go, too."""
+GPU_UPDATE_LAUNCHES = 35
+"""Likewise of a block that the GPU updates, its tensors in one go. By time on a CPU, beside operations with
+autograd: 31 (the median of 100 updates of a tiny Llama's block; the driver's part is not in it)."""
 
 REPLAY_LAUNCHES = 8
 """Likewise of a block that runs as two CUDA graphs, however many micro-batches there are: the two launches,
