@@ -954,7 +954,7 @@ class TestFaults:
         self, what: str, weights: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Moments come first, then what is pinned for cores; streamed weights lie there already."""
-        made, whole = 0, cores.HostSlab
+        made, whole = 0, cores.machine_slabs
 
         def some(*args: Any, **kwargs: Any) -> Any:
             nonlocal made
@@ -963,7 +963,7 @@ class TestFaults:
                 raise OSError(12, "Cannot allocate memory")
             return whole(*args, **kwargs)
 
-        monkeypatch.setattr(cores, "HostSlab", some)
+        monkeypatch.setattr(cores, "machine_slabs", some)
         engine = Lsp(replace(SETTINGS, weights=weights), context())
         with pytest.raises(OSError, match="Cannot allocate memory"):
             engine.setup(tiny_blueprint("opt", num_blocks=2))
