@@ -88,8 +88,9 @@ itself), and what it asks of the driver, 22 events and 36 waits and questions (3
 more at 7 us an event (`engines.transfer.clock.compute_stream`) and, guessed, 2 for the others."""
 
 GPU_UPDATE_LAUNCHES = 35
-"""Likewise of a block that the GPU updates, its tensors in one go. By time on a CPU, beside operations with
-autograd: 31 (the median of 100 updates of a tiny Llama's block; the driver's part is not in it)."""
+"""Likewise of a block that the GPU updates, its tensors in one go. By time on a CPU a block
+of a tiny Llama takes 35 to 51 more than native's (`tests/studies/launch_counts.py`, `gpu_blocks=11`, twice);
+the driver's part is not in it."""
 
 REPLAY_LAUNCHES = 8
 """Likewise of a block that runs as two CUDA graphs, however many micro-batches there are: the two launches,

@@ -135,13 +135,13 @@ CASES = (
             ("native", EAGER),
             ("lsp", {"d": "16", "compile": "false"}),
             ("lsp", {"d": "16", "compile": "false", "weights": "streamed"}),
-            ("exact-offload", {"compile": "false"}),
+            ("exact-offload", EAGER),
         )
         for accumulation in (2, 4)
     ),
     Case(engine="lsp", family="llama", settings={"d": "16", "compile": "false", "weights": "streamed"}),
-    Case(engine="exact-offload", family="llama", settings={"compile": "false"}),
-    Case(engine="exact-offload", family="llama", settings={"compile": "false", "gpu_blocks": "11"}),
+    Case(engine="exact-offload", family="llama", settings=EAGER),
+    Case(engine="exact-offload", family="llama", settings={**EAGER, "gpu_blocks": "11"}),
     Case(engine="torchao-offload", family="llama"),
     Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
     Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
