@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 from engines.files.locks import own_folder
+from profiles.system.gpu_allocator import allocator_environment
 
 # Kernels written in Triton run under its CPU interpreter where there is no GPU; read at triton's import.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    os.environ.update(allocator_environment())  # memory is that of runs here, too; read as torch starts there
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Processes side by side share the cores: threads of OpenMP, which spin while they wait, would take them from
 # each other, and tensors here are too small for several. Read at torch's import, here and in the runs that

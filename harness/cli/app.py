@@ -25,6 +25,7 @@ from harness import __version__
 from harness.cli.by_name import by_name
 from harness.contacts import contacts_watched
 from harness.signals import INTERRUPTED, interrupt, no_core_dumps, on_first_signal
+from profiles.system.gpu_allocator import allocator_environment
 
 PROGRAM = "lspzo-bench"
 
@@ -187,6 +188,7 @@ def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit code 2; a signal is exit code 130."""
     _open_standard_streams()
     no_core_dumps()
+    os.environ.update(allocator_environment())  # before torch is imported: `run` trains in this process
     for name in LOUD_WHEN_IMPORTED:
         logging.getLogger(name).setLevel(logging.ERROR)
     stdout, stderr = sys.stdout, sys.stderr

@@ -12,6 +12,7 @@ import harness
 from harness import PROJECT
 from harness.records.run import Environment
 from profiles.system.cgroup import cpu_name, host_memory, platform_name, usable_cores
+from profiles.system.gpu_allocator import allocator_setting
 from profiles.system.nvml import LinkState, NvmlDevice, open_device
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "triton", "torchao", "nvidia-ml-py")
@@ -46,6 +47,7 @@ def read_environment() -> Environment:
         compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         notes=(*capability_notes(capability), *busy_notes(os.getloadavg()[0], os.cpu_count() or 1)),
         packages={name: found for name in PACKAGES if (found := _version(name)) is not None},
+        gpu_allocator=None if device is None else allocator_setting(),
     )
 
 

@@ -246,6 +246,9 @@ class Environment:
     """Of the GPU, such as `9.0`."""
     notes: tuple[str, ...] = ()
     """What is not as on usual hardware, a sentence each."""
+    gpu_allocator: Annotated[str | None, Field(exclude_if=lambda value: value is None)] = None
+    """What torch's allocator of GPU memory was told, such as `expandable_segments:True`; `None`: nothing, or
+    there is no GPU, or a record of before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

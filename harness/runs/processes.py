@@ -23,6 +23,7 @@ from engines.errors import UserError
 from harness import PROJECT
 from harness.runs.ranks import RankPlace
 from profiles.system.cgroup import usable_cores
+from profiles.system.gpu_allocator import allocator_environment
 from profiles.system.nvml import open_device
 
 ENDING_INTERVAL_S = 0.01
@@ -300,6 +301,7 @@ def child_environment(at_most: int | None = None, place: RankPlace | None = None
         ),
         "PYTHONFAULTHANDLER": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **allocator_environment(),
         **waits,
         **({} if place is None else place.environment),
     }

@@ -99,6 +99,14 @@ def test_gpu_and_link(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.link == "PCIe 5 x16"  # not the generation 1 of an idle GPU
 
 
+def test_what_the_allocator_is_told_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: NvmlDevice(Library(5), None))
+    assert read_environment().gpu_allocator == "expandable_segments:True"
+    monkeypatch.setattr(harness.records.environment, "open_device", lambda: None)
+    assert read_environment().gpu_allocator is None
+
+
 def test_what_is_special_of_the_gpu_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.records.environment, "open_device", lambda: NvmlDevice(Library(5), None))
     found = read_environment()

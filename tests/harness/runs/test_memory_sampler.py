@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -10,6 +11,13 @@ import pytest
 from harness.runs import processes
 from harness.runs.memory_sampler import MemorySampler
 from harness.runs.processes import COMPILE_WORKERS, WAITS_OF_THREADS, child_environment
+from profiles.system.gpu_allocator import (
+    SETTING,
+    TOLD,
+    allocator_environment,
+    allocator_setting,
+    is_expandable,
+)
 
 HELD = 200_000_000
 
@@ -60,3 +68,46 @@ def test_on_a_cpu_alone_threads_that_wait_spin_for_a_short_time(monkeypatch: pyt
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setattr(processes, "open_device", lambda: object())
     assert "GOMP_SPINCOUNT" not in child_environment()
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_runs_have_expandable_segments_unless_the_user_says_otherwise(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in TOLD:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.18.0-generic")
+    assert is_expandable(child_environment()[SETTING])
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    assert child_environment()[name] == allocator_setting() == "max_split_size_mb:128"
+    assert allocator_environment() == {}
+    assert not is_expandable(allocator_setting())
+
+
+@pytest.mark.parametrize(
+    ("system", "release"),
+    [("Linux", "6.6.87.2-microsoft-standard-WSL2"), ("Windows", "11"), ("Linux", "5.15.148-tegra")],
+)
+def test_platforms_without_expandable_segments_are_told_nothing(
+    system: str, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in TOLD:
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    assert SETTING not in child_environment()
+    assert allocator_setting() is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, False),
+        ("expandable_segments:False", False),
+        ("expandable_segments:True", True),
+        ("max_split_size_mb:64, expandable_segments:True", True),
+    ],
+)
+def test_a_setting_says_whether_segments_are_expandable(setting: str | None, expected: bool) -> None:
+    assert is_expandable(setting) == expected
