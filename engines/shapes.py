@@ -60,6 +60,8 @@ NOT_WATCHED = "its blocks cannot be watched"
 OTHER_GRADIENTS = "running its blocks one by one gives other gradients than the model's"
 SEVERAL_STATES = "its blocks pass on more than one hidden state of each token, which this method cannot stack"
 OWN_CHANGES = "changes its own weights in a forward pass"
+ROUTER_LOSS = "its experts' auxiliary loss is of more than its blocks pass on"
+NO_RECOMPUTATION = "transformers cannot recompute activations in this model"
 
 
 def shared_layers(calls: int, blocks: int) -> str:
@@ -129,6 +131,11 @@ class ModelShape:
     """In one pass; more where layers share their weights, as ALBERT's do."""
     is_recurrent: bool = False
     """Some blocks carry a state from token to token, of which costs count the products around it alone."""
+    has_router_loss: bool = False
+    """Of a mixture whose loss has a part of its own for how tokens are spread over the experts, as
+    `output_router_logits` in its configuration asks."""
+    is_recomputable: bool = True
+    """transformers' own checkpointing can compute its blocks' activations again."""
     label_names: tuple[str, ...] = ()
     """Of a classification head's outputs, as the data names them; empty where it numbers them from 0."""
 
@@ -146,6 +153,8 @@ class ModelShape:
         """Why no method that goes so through a model's blocks trains this one; `None`: nothing is known."""
         if walk != "own" and self.calls_of_a_block > 1:
             return shared_layers(self.calls_of_a_block * self.num_blocks, self.num_blocks)
+        if walk != "own" and self.has_router_loss:
+            return ROUTER_LOSS
         return REFUSED_FAMILIES[walk].get(self.family)
 
     @property

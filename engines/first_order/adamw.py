@@ -14,6 +14,7 @@ from engines.model.attention_masks import has_padding, known_padding, with_mask
 from engines.model.blocks import TORCH_DTYPE, no_cache, to_device, without_cache
 from engines.model.randomness import set_dropout
 from engines.settings.first_order import AdamWSettings
+from engines.shapes import NO_RECOMPUTATION
 
 
 def weights_dtype(context: Context, engine: str) -> torch.dtype:
@@ -75,7 +76,7 @@ def check_checkpointing(model: nn.Module, context: Context) -> None:
     if context.workload.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(
             f"--checkpointing with {type(model).__name__}",
-            "transformers cannot recompute activations in this model",
+            NO_RECOMPUTATION,
             "use --no-checkpointing",
         )
 

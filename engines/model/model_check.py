@@ -47,6 +47,7 @@ from engines.shapes import (
     NOT_WATCHED,
     OTHER_GRADIENTS,
     OWN_CHANGES,
+    ROUTER_LOSS,
     shared_layers,
 )
 
@@ -291,7 +292,7 @@ def _refusal(model: nn.Module, why: str) -> UserError:
     if getattr(config, "output_router_logits", False):
         return UserError(
             type(model).__name__,
-            "its experts' auxiliary loss is of more than its blocks pass on",
+            ROUTER_LOSS,
             "use native, or set output_router_logits to false in config.json",
         )
     return UserError(type(model).__name__, why, ANY_MODEL)

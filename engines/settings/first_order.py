@@ -8,11 +8,14 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from engines.settings.checks import Schedule, require, require_finite
+from engines.shapes import NO_RECOMPUTATION, ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWSettings:
-    """AdamW as in Loshchilov & Hutter (1711.05101), with decoupled weight decay."""
+    """AdamW as in Loshchilov & Hutter (1711.05101), with decoupled weight decay.
+
+    Methods with nothing but these settings and their own leave --checkpointing to transformers."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -44,7 +47,8 @@ class AdamWSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledBlockSettings(AdamWSettings):
-    """How the blocks of a model that is trained run."""
+    """How the blocks of a model that is trained run: through code of ours, which recomputes those of any
+    model."""
 
     compile: bool | Literal["auto"] = "auto"
     """Blocks through torch's compiler (lsp: without the loss); `auto`: on a GPU, where it can be. The first
@@ -99,6 +103,12 @@ class TorchaoOffloadSettings(AdamWSettings):
 
     offload_gradients: bool = False
     """Free each gradient on the GPU as soon as it is on the host."""
+
+
+def why_no_checkpointing(settings: Any, shape: ModelShape) -> str | None:
+    """Why a method with these typed settings cannot run `shape` with --checkpointing; `None`: it can."""
+    by_transformers = isinstance(settings, AdamWSettings) and not isinstance(settings, CompiledBlockSettings)
+    return NO_RECOMPUTATION if by_transformers and not shape.is_recomputable else None
 
 
 def why_no_accumulation(settings: Any, accumulation: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -88,6 +89,8 @@ def _counted(model: Any, name: str, family: str, head: Head, num_labels: int) ->
         num_experts=num_experts,
         experts_per_token=chosen,
         calls_of_a_block=_calls_of_a_block(config, len(blocks)),
+        has_router_loss=head == "causal_lm" and _has_router_loss(model),
+        is_recomputable=getattr(model, "supports_gradient_checkpointing", False),
         is_recurrent=any(_STATES.search(name) for block in blocks for name, _ in block.named_parameters()),
     )
 
@@ -113,6 +116,12 @@ def _head_parameters(model: nn.Module, outputs: int) -> int:
         if isinstance(module, nn.Linear) and module.out_features == outputs
     ]
     return layers[-1].weight.numel() if layers else 0
+
+
+def _has_router_loss(model: nn.Module) -> bool:
+    """Asked for, and known to the file of the model's class: others have the key and do nothing with it."""
+    asked = getattr(model.config, "output_router_logits", False)
+    return bool(asked) and hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func")
 
 
 def _calls_of_a_block(config: Any, num_blocks: int) -> int:

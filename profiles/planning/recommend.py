@@ -16,13 +16,13 @@ from engines import entry, load_target
 from engines.costs.mezo import num_probes
 from engines.costs.resources.traffic import Traffic
 from engines.settings.exact_offload import ExactOffloadSettings
-from engines.settings.first_order import why_no_accumulation
+from engines.settings.first_order import why_no_accumulation, why_no_checkpointing
 from engines.settings.given import GivenSettings
 from engines.settings.libraries import NO_LINEAR_LAYERS, QloraSettings
 from engines.settings.lsp import NO_LINEAR_LAYERS_OF_TORCH, LspSettings
 from engines.settings.parse import defaults
 from engines.settings.zeroth_order import MezoSettings, approximation, why_no_base
-from engines.shapes import ModelShape, Workload
+from engines.shapes import ROUTER_LOSS, ModelShape, Workload
 from profiles.machine import Machine
 from profiles.planning.budget import beside_torch_bytes, gpu_bytes_needed, taken_bytes, why_missing
 from profiles.planning.context import Choice, PlanningContext
@@ -257,7 +257,9 @@ def _unsuitable(context: PlanningContext, settings: Any) -> str | None:
         return "needs a CUDA GPU, and this machine has none"
     is_block_major = isinstance(settings, LspSettings) and settings.block_major
     if (why := context.shape.why_not_walked("block_major" if is_block_major else row.walk)) is not None:
-        return why
+        return f"{why}; set output_router_logits to false in config.json" if why == ROUTER_LOSS else why
+    if workload.checkpointing and (why := why_no_checkpointing(settings, context.shape)) is not None:
+        return f"{why}; use --no-checkpointing"
     has_none = not context.shape.matrices or context.shape.family in NO_LINEAR_LAYERS_OF_TORCH
     if isinstance(settings, LspSettings) and has_none:
         return "compresses matrices, and the blocks of this model have none"

@@ -6,16 +6,20 @@ of each kind that was once trained wrongly.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 from family_configs import DECODERS, ENCODERS
-from family_models import family_model
+from family_models import context, family_model
 from family_sweep import README, YES, outcome, written
 from known_shapes import H200
 
+from engines.errors import UserError
+from engines.first_order.adamw import check_checkpointing
+from engines.model.model_check import check_block_major, check_driven, check_watched
 from engines.settings.parse import defaults
-from engines.shapes import REFUSED_FAMILIES, Workload
+from engines.shapes import NO_RECOMPUTATION, REFUSED_FAMILIES, ROUTER_LOSS, Workload
 from harness.models.configs import named_shape
 from profiles.planning.recommend import recommend
 
@@ -84,3 +88,37 @@ def test_plans_refuse_what_engines_refuse(streamed: bool) -> None:
 @pytest.mark.parametrize("family", [*DECODERS, *ENCODERS])
 def test_every_family_is_as_the_table_has_it(family: str) -> None:
     assert outcome(family) == written(README.read_text(encoding="utf-8"))[family]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_plans_refuse_a_loss_of_experts_as_engines_do(family: str, asked: bool) -> None:
+    """The last has the key in its configuration, and no such loss in its model."""
+    model = family_model(family, output_router_logits=asked)
+    checks = {"lsp": check_watched, "exact-offload": check_block_major, "zo2": check_driven}
+    plans = recommend(H200, model.shape, Workload(batch_size=1, seq_len=8), [*checks, "native"], {})
+    refused = asked and family != "deepseek_v3"
+    for plan in plans:
+        if plan.engine == "native" or not refused:
+            assert plan.available, (plan.engine, plan.why_not)
+        else:
+            assert plan.why_not == f"{ROUTER_LOSS}; set output_router_logits to false in config.json"
+    for check in checks.values():
+        with pytest.raises(UserError, match=ROUTER_LOSS) if refused else nullcontext():
+            check(model.blueprint(), context())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["albert", "llama", "xlnet"])
+def test_plans_refuse_recomputation_that_transformers_does_not_have(family: str, checkpointing: bool) -> None:
+    model = family_model(family)
+    work = Workload(batch_size=1, seq_len=8, checkpointing=checkpointing)
+    plans = recommend(H200, model.shape, work, ["fsdp2-offload", "torchao-offload", "native"], {})
+    refused = checkpointing and family != "llama"
+    for plan in plans:
+        if plan.engine == "native" or not refused:
+            assert plan.available, (plan.engine, plan.why_not)
+        else:
+            assert plan.why_not == f"{NO_RECOMPUTATION}; use --no-checkpointing"
+    with pytest.raises(UserError, match=NO_RECOMPUTATION) if refused else nullcontext():
+        check_checkpointing(model.blueprint().model, context(checkpointing=checkpointing))
