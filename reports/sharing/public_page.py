@@ -119,15 +119,20 @@ def public_rows(folder: Path, published: Sequence[Path]) -> list[SharedRow]:
         if any(path.glob("runs/*.json")):
             with suppress(UserError):  # emulated or traced, or nothing ended well
                 own.append(found := submission_of(load_folder(path)))
-                shown = page(path, spoken())
-                link = (shown if exists(shown) else page(path, "en")).name
-                rows += rows_of(found, f"{path.name}/{link}", say("public.ours"))
+                rows += rows_of(found, f"{path.name}/{_report_of(path).name}", say("public.ours"))
     for path, found in shared_results(folder.parent / COMMUNITY):
         if found in own:
             continue  # as published here, with its report
         link = f"../{COMMUNITY}/{path.parent.name}/{path.name}"
         rows += rows_of(found, link, say("public.shared"))
     return rows
+
+
+def _report_of(folder: Path) -> Path:
+    """The page to look at, in the language spoken if it is there; else Markdown, which is kept with runs."""
+    pages = [page(folder, spoken()), page(folder, "en")]
+    pages += [each.with_suffix(".md") for each in pages]
+    return next((each for each in pages if exists(each)), pages[-1])
 
 
 def public_page(rows: Sequence[SharedRow]) -> str:

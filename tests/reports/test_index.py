@@ -62,6 +62,20 @@ def test_the_same_folder_gives_the_same_bytes(results: Path) -> None:
     assert [path.read_bytes() for path in write_index(results)] == before
 
 
+def test_a_row_for_the_browser_leads_to_html_where_it_was_made(results: Path) -> None:
+    """HTML is not kept with published runs; Markdown is."""
+    folder = results / "opt_4090"
+    for made, links in (
+        ("report.md", ("report.md", "report.md")), ("report.ja.md", ("report.md", "report.ja.md")),
+        ("report.html", ("report.html", "report.html")),
+        ("report.ja.html", ("report.html", "report.ja.html")),
+    ):  # fmt: skip
+        (folder / made).write_text("")
+        write_index(results)
+        for name, link in zip(("index.html", "index.ja.html"), links, strict=True):
+            assert f'href="opt_4090/{link}"' in (results / name).read_text(), (made, name)
+
+
 def test_a_traced_run_is_told_and_not_drawn(tmp_path: Path) -> None:
     runs = [run for run in make_breakdown() if run.engine in ("mezo", "zo2")]
     runs = [replace(run, traced=run.engine == "zo2") for run in runs]

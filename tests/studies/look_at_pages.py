@@ -2,8 +2,9 @@
 
     python tests/studies/look_at_pages.py reports/results/index*.html reports/results/*/*.html --to SHOTS
 
-Each page has a line: ok, or its faults (something is cut, asked for, not reached by the keyboard, page one
-longer than a sheet of A4). With `--to` a picture of each window is kept, and a PDF. Exit code 1 on a fault.
+`lspzo-bench report FOLDER --lang ja` and `report --index reports/results` make these pages. Each has a line:
+ok, or its faults (something is cut, asked for, not reached by the keyboard, page one longer than a sheet of
+A4). With `--to` a picture of each window is kept, and a PDF. Exit code 1 on a fault.
 """
 
 from __future__ import annotations
