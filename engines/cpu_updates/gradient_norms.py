@@ -36,6 +36,8 @@ class GradientNorms:
         self._is_whole = True
         """Of what is known of the step before. With several ranks what they sum up on the host is added to it
         when the CPU has it."""
+        self.d2h_bytes = 0
+        """Of norms of the whole gradient, so far."""
 
     def begin(self, share: StepShare) -> None:
         """A step begins; where it is clipped by the norm of the one before, `share` gets that."""
@@ -69,6 +71,7 @@ class GradientNorms:
         total, on_host = (each[share.step % 2] for each in (self._on_device, self._on_host))
         total.copy_(squared)
         known = self._link.download(total, on_host, after=self._link.record(), name="norm")
+        self.d2h_bytes += squared.nbytes
         scale = None
         if self._settings.clip_by == "exact":
             share.total, share.total_known = on_host, known

@@ -95,14 +95,15 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.exact_offload import gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
-from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
-from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.block_state import BlockStates, GradientBuffers
+from engines.cpu_updates.chunks import StepShare
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.gradient_slots import GradientSlots
+from engines.cpu_updates.outside_blocks import OutsideBlocks
 from engines.cpu_updates.pipeline import GradientNotFinite, UpdatePipeline
-from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
 from engines.cpu_updates.rank_updates import RankUpdates
+from engines.cpu_updates.update_dispatch import UpdateDispatch
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError, first_line
 from engines.first_order.adamw import prepare_training, weights_dtype
@@ -114,6 +115,7 @@ from engines.first_order.checkpoint import (
     rng_state,
     save_checkpoint,
 )
+from engines.first_order.gpu_updates import GpuUpdates
 from engines.first_order.lr_schedule import learning_rate_at
 from engines.first_order.master_weights import MasterWeights
 from engines.model.block_major import BlockMajor
@@ -133,9 +135,8 @@ from engines.offload.kept_states import KeptStates
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import GRADIENT_SLOTS, ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks
-from engines.transfer.link import Event
-from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
+from engines.transfer.value_on_host import ValueOnHost
 from engines.world import ALONE, World, divide
 
 
@@ -156,33 +157,31 @@ class ExactOffload:
         self._compute = self._clocks.compute
         self.notes: list[str] = []
         """What of the settings could not be had, and why."""
-        self._regions: TrainingRegions | None = None
-        self._states: BlockStates | None = None
-        self._buffers: GradientBuffers | None = None
-        self._non_block_buffers: GradientBuffers | None = None
-        """For the gradients of what the host updates outside the blocks."""
-        self._pipeline: UpdatePipeline | None = None
-        self._kept: KeptStates | None = None
-        self.hidden_states: HiddenStates | None = None
-        """`None`: those between blocks stay on the GPU."""
-        self._disk_weights: DiskWeights | None = None
-        """`None`: no block's weights are on disk."""
         self._world = context.world
         check_ranks(self.name, self._world, of_one_process=settings.of_one_process)
         self._host_world: World = self._world if settings.offload else ALONE
         """The ranks that have what is on the host together."""
-        self._ranks: RankUpdates | None = None
-        """`None`: one process."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
-        self.on_gpu: list[Tensor] = []
-        """Of each block, (elements,): where its weights are, or are when they have come up."""
-        self.streamed: StreamedWeights | None = None
-        """Of streamed blocks."""
-        self._masters: list[MasterWeights] = []
-        """Of the blocks that the GPU updates, the model's first."""
         self._in_flight = UpdatesInFlight(self.link, self._compute)
-        """Of each block, and of each tensor outside them that the host updates."""
+        """Of each block, and of each tensor outside them that the host updates: the groups."""
+        self.on_gpu: list[Tensor] = []
+        """Of each group, (elements,): where its weights are, or are when they have come up."""
+        # `None`, until `setup` has made it and where the settings leave it out: `close` asks.
+        self._regions: TrainingRegions | None = None
+        self._states: BlockStates | None = None
+        self._kept: KeptStates | None = None
+        self._buffers: GradientBuffers | None = None
+        self._outside_on_host: OutsideBlocks | None = None
+        self._pipeline: UpdatePipeline | None = None
+        self._ranks: RankUpdates | None = None
+        """`None`: one process."""
+        self.streamed: StreamedWeights | None = None
+        """`None`: the blocks' weights stay on the GPU."""
+        self._disk_weights: DiskWeights | None = None
+        """`None`: no block's weights are on disk."""
+        self.hidden_states: HiddenStates | None = None
+        """`None`: those between blocks stay on the GPU."""
 
     @staticmethod
     def why_not_available() -> str | None:
@@ -202,60 +201,41 @@ class ExactOffload:
         give_back(self.device)
         self.model: nn.Module = blueprint.model
         layout = lay_out(self.model, self._dtype)
-        non_block: list[BlockLayout] = []
+        outside: list[BlockLayout] = []
+        """Of each tensor outside the blocks that the host updates."""
         if self.settings.outer == "host":
-            non_block = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
-        on_disk = self.settings.on_disk(len(layout.blocks))
-        self._updated_by_gpu = self.settings.updated_by_gpu(len(layout.blocks))
+            outside = [lay_out_group([name], layout.shapes, self._dtype) for name in layout.non_block]
+        self._layouts, self._num_blocks = layout.blocks, len(layout.blocks)
+        self._updated_by_gpu = self.settings.updated_by_gpu(self._num_blocks)
         """Blocks, the model's first. The host has nothing of them."""
-        of_host = [BlockLayout(parts=(), size=0)] * self._updated_by_gpu
-        of_host += layout.blocks[self._updated_by_gpu :]
-        self._check_host([block.size for block in of_host], sum(each.size for each in non_block))
-        on_host = self.device if self.settings.offload else torch.device("cpu")
-        self._states = BlockStates(
-            [*of_host, *non_block],
-            self.settings,
-            dtype=self._dtype,
-            device=on_host,
-            seed=self.context.seed,
-            progress=self.context.progress,
-            elsewhere=on_disk,
-            weights_elsewhere=self.settings.weights_on_disk(len(layout.blocks)),
-            world=self._host_world,
-        )
-        ranks = self._host_world
-        if ranks.size > 1:
-            owners = self._owners(on_disk)
-            self._ranks = RankUpdates(owners, ranks, self.context.progress)
-        own_on_disk = [index for index in on_disk if index % ranks.size == ranks.rank]
-        self._kept = KeptStates(self._states, own_on_disk, self._make_disk)
-        sizes = [block.size for block in layout.blocks]
-        places = gradient_places(len(sizes), self.settings)
-        where = (self._dtype, on_host, self.context.progress, self._host_world)
-        self._buffers = GradientBuffers([max(sizes)] * places, *where)
-        self._num_blocks, self._layouts = len(sizes), layout.blocks
-        self._num_groups = len(sizes) + len(non_block)
-        """Blocks, and tensors outside them that the host updates."""
-        self._place_weights(blueprint, layout, non_block)
-        self._non_block_buffers = GradientBuffers([each.size for each in non_block], *where)
+        self._take_host_memory(outside)
+        parameters = self._place_weights(blueprint, layout, outside)
+        self.own = [
+            [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
+        ]
         self._names = parameter_names(self.model)
+        self._gpu_updates = GpuUpdates(self.own[: self._updated_by_gpu], self.settings, self.link)
+        by_gpu = [] if outside else [parameters[name] for name in layout.non_block]
+        self._outside_on_gpu = MasterWeights(by_gpu, self.settings)
         self._slots = GradientSlots(layout.blocks, GRADIENT_SLOTS, self._dtype, self.link)
-        self._norms = GradientNorms(self._num_groups, self.settings, self.link)
-        self._loss = LossOnHost(self.link)
-        self._norm_on_gpu = LossOnHost(self.link)
-        """Squared, of what the GPU updated by in the last step: whether it is finite."""
-        if self.settings.offload:
-            leave_threads_to_adam()
-            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
-        self._in_flight.set_up(self._num_groups, self._pipeline)
+        self._norms = GradientNorms(len(self.on_gpu), self.settings, self.link)
+        self._loss = ValueOnHost(self.link)
+        self._start_updates()
+        self._outside_on_host = OutsideBlocks(
+            outside,
+            [parameters[name] for each in outside for name in each.parts[0].names],
+            self.host,
+            self._in_flight,
+            self._dispatch,
+            self._make_buffers,
+        )
         prepare_training(self.model, self.context, self.settings, recompute=False)
-        draws = draws_random_numbers(self.model)
         self.hidden_states = self._make_hidden_states(blueprint.shape.hidden)
         self._passes = BlockMajor(
             self.model,
             self.own,
             self,
-            draws=draws,
+            draws=draws_random_numbers(self.model),
             hidden_states=self.hidden_states,
             graphs=self._make_graphs(),
         )
@@ -264,6 +244,41 @@ class ExactOffload:
             self.notes.append(f"not compiled: {why_not}")
         self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
+
+    def _take_host_memory(self, outside: Sequence[BlockLayout]) -> None:
+        """For weights and states, in memory or on disk, and for gradients of the blocks."""
+        of_host = [BlockLayout(parts=(), size=0)] * self._updated_by_gpu
+        of_host += self._layouts[self._updated_by_gpu :]
+        self._check_host([block.size for block in of_host], sum(each.size for each in outside))
+        on_disk = self.settings.on_disk(self._num_blocks)
+        ranks = self._host_world
+        self._states = BlockStates(
+            [*of_host, *outside],
+            self.settings,
+            dtype=self._dtype,
+            device=self._host_device,
+            seed=self.context.seed,
+            progress=self.context.progress,
+            elsewhere=on_disk,
+            weights_elsewhere=self.settings.weights_on_disk(self._num_blocks),
+            world=ranks,
+        )
+        if ranks.size > 1:
+            self._ranks = RankUpdates(self._owners(on_disk), ranks, self.context.progress)
+        own_on_disk = [index for index in on_disk if index % ranks.size == ranks.rank]
+        self._kept = KeptStates(self._states, own_on_disk, self._make_disk)
+        places = gradient_places(self._num_blocks, self.settings)
+        self._buffers = self._make_buffers([max(block.size for block in self._layouts)] * places)
+
+    def _make_buffers(self, sizes: Sequence[int]) -> GradientBuffers:
+        """Places for so many elements each."""
+        where = (self._dtype, self._host_device, self.context.progress, self._host_world)
+        return GradientBuffers(sizes, *where)
+
+    @property
+    def _host_device(self) -> torch.device:
+        """What host memory is pinned for; the twin pins none."""
+        return self.device if self.settings.offload else torch.device("cpu")
 
     def _owners(self, on_disk: Collection[int]) -> list[int]:
         """Which rank updates each chunk: they take turns, but one has all of a block whose state is on
@@ -277,6 +292,26 @@ class ExactOffload:
     def acts_together(self) -> bool:
         """Ranks have states on disk, each its own: see `engines.base.ActsTogether`."""
         return self._host_world.size > 1 and self.settings.disk_blocks > 0
+
+    def _start_updates(self) -> None:
+        """The worker, and what sends gradients to it."""
+        if self.settings.offload:
+            leave_threads_to_adam()
+            self._pipeline = UpdatePipeline(self.link, self._clocks, name="exact-offload", ranks=self._ranks)
+        self._in_flight.set_up(len(self.on_gpu), self._pipeline)
+        self._dispatch = UpdateDispatch(
+            self.host,
+            self.kept,
+            self.on_gpu,
+            self._norms,
+            self._in_flight,
+            self.link,
+            num_blocks=self._num_blocks,
+            waits_for_norm=self.settings.waits_for_norm,
+            pipeline=self._pipeline,
+            ranks=self._ranks,
+            world=self._world,
+        )
 
     def _make_graphs(self) -> BlockMajorGraphs | None:
         if not self.settings.captures or self.device.type != "cuda":
@@ -334,12 +369,12 @@ class ExactOffload:
 
     @torch.no_grad()
     def _place_weights(
-        self, blueprint: Blueprint, layout: ModelLayout, non_block: Sequence[BlockLayout]
-    ) -> None:
-        """Weights of each block, and of each tensor of `non_block`, in flat memory on the GPU, and a copy on
-        the host."""
+        self, blueprint: Blueprint, layout: ModelLayout, outside: Sequence[BlockLayout]
+    ) -> dict[str, nn.Parameter]:
+        """Weights of each block, and of each tensor of `outside`, in flat memory on the GPU, and a copy on
+        the host. Returns the model's parameters by first name."""
         tensors: dict[str, Tensor] = {}
-        for name in () if non_block else layout.non_block:
+        for name in () if outside else layout.non_block:
             tensors[name] = torch.empty(layout.shapes[name], dtype=self._dtype, device=self.device)
             blueprint.fill(name, tensors[name])
         if self.settings.streams:
@@ -355,14 +390,14 @@ class ExactOffload:
                 self._disk_weights,
                 slots=self.settings.weight_slots,
             )
-        for index, block in enumerate((*layout.blocks, *non_block)):
+        for index, group in enumerate((*layout.blocks, *outside)):
             if self.streamed is not None and index < self._num_blocks:
                 with self.kept.here(index, changes=True):
                     tensors |= self.streamed.fill(index, blueprint, self.host.weights[index])
                 self.on_gpu.append(self.streamed.memory(index))
                 continue
-            memory = torch.zeros(block.size, dtype=self._dtype, device=self.device)
-            its = block.views(memory)
+            memory = torch.zeros(group.size, dtype=self._dtype, device=self.device)
+            its = group.views(memory)
             for name, tensor in its.items():
                 blueprint.fill(name, tensor)
             is_its = index % self._host_world.local_size == self._host_world.local_rank
@@ -374,29 +409,7 @@ class ExactOffload:
         for place, name in first_names(self.model).items():
             set_parameter(self.model, place, parameters[name])
         move_buffers(self.model, self.device)
-        self.own = [
-            [parameters[name] for part in block.own_parts for name in part.names] for block in layout.blocks
-        ]
-        self._masters = [MasterWeights(each, self.settings) for each in self.own[: self._updated_by_gpu]]
-        self._take_non_block(non_block, [] if non_block else layout.non_block, parameters)
-
-    def _take_non_block(
-        self, by_host: Sequence[BlockLayout], by_gpu: Sequence[str], parameters: Mapping[str, nn.Parameter]
-    ) -> None:
-        """Outside the blocks: masters of what the GPU updates, memory of the gradients of what the host
-        does."""
-        self._non_block = MasterWeights([parameters[name] for name in by_gpu], self.settings)
-        """Of what the GPU updates outside the blocks."""
-        self.non_block_parameters = [parameters[name] for each in by_host for name in each.parts[0].names]
-        """What the host updates there."""
-        self._non_block_gradients: list[Tensor] = []
-        """(elements,) on the GPU, of each of them: where autograd adds them up."""
-        for each, parameter in zip(by_host, self.non_block_parameters, strict=True):
-            memory = torch.zeros(each.size, dtype=self._dtype, device=self.device)
-            (parameter.grad,) = each.views(memory).values()
-            self._non_block_gradients.append(memory)
-        self.last_non_block = set(range(self._num_blocks, self._num_groups))
-        """Indices of those whose gradients were complete only at the end of the last step."""
+        return parameters
 
     def _is_on_host(self, index: int, wait: bool) -> bool:
         """Whether the block's last update is on the host; with `wait`, when it is."""
@@ -407,7 +420,7 @@ class ExactOffload:
 
     @property
     def host(self) -> BlockStates:
-        """What the host holds of the blocks."""
+        """What the host holds of the groups."""
         assert self._states is not None, "setup comes first"
         return self._states
 
@@ -418,9 +431,15 @@ class ExactOffload:
         return self._kept
 
     @property
+    def outside_on_host(self) -> OutsideBlocks:
+        """What the host updates outside the blocks; of nothing, where the GPU does."""
+        assert self._outside_on_host is not None, "setup comes first"
+        return self._outside_on_host
+
+    @property
     def pinned_bytes(self) -> int:
         """Host memory pinned for weights and gradients; 0 on a CPU device and for the twin."""
-        held = (self._states, self._buffers, self._non_block_buffers, self.hidden_states, self._disk_weights)
+        held = (self._states, self._buffers, self._outside_on_host, self.hidden_states, self._disk_weights)
         return sum(each.pinned_bytes for each in held if each is not None)
 
     # --- one step -------------------------------------------------------------------------------------
@@ -438,15 +457,13 @@ class ExactOffload:
             step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
         )
         self._norms.begin(self._share)
-        self._step_h2d_bytes = self._step_d2h_bytes = 0
-        hidden_bytes = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
-        came_up = 0 if self.streamed is None else self.streamed.slots.h2d_bytes
-        from_disk = 0 if self._disk_weights is None else self._disk_weights.sent_bytes
+        self._dispatch.begin(self._share)
+        before = self._moved_bytes()
         world, count = self._world, len(batches)
         batches = divide(world.size, count)[world.rank].of_batches(batches)
         self._clocks.exposure.mark()
         self._compute.go_on_with("forward")
-        self._begin_non_block(self.last_non_block)
+        self.outside_on_host.begin()
         with no_cache(self.model):
             self._run(batches, count)
         self._compute.go_on_with("optimizer")
@@ -459,26 +476,28 @@ class ExactOffload:
             self._in_flight.discard()
             raise NonFiniteLoss(f"the loss of step {self.steps_done} is {value}")
         self.steps_done += 1
-        if self.streamed is not None:
-            self._step_h2d_bytes += self.streamed.slots.h2d_bytes - came_up
-        if self.hidden_states is not None:
-            moved = self.hidden_states.moved_bytes - hidden_bytes
-            self._step_h2d_bytes += moved
-            self._step_d2h_bytes += moved
-        disk = None if self._kept is None else self._kept.disk
-        if self._disk_weights is not None:
-            from_disk = self._disk_weights.sent_bytes - from_disk
+        h2d, d2h, from_disk = (now - then for now, then in zip(self._moved_bytes(), before, strict=True))
+        disk = self.kept.disk
         on_host = {} if self._pipeline is None else self._pipeline.step_ended(busy["gpu_s"])
         return StepStats(
             loss=value,
-            h2d_bytes=self._step_h2d_bytes,
-            d2h_bytes=self._step_d2h_bytes,
+            h2d_bytes=h2d,
+            d2h_bytes=d2h,
             disk_read_bytes=0 if disk is None else disk.total_bytes + from_disk,
             disk_s=None if disk is None else disk.take_busy_s(),
             disk_direct=None if disk is None else disk.direct,
             **busy,
             **on_host,
         )
+
+    def _moved_bytes(self) -> tuple[int, int, int]:
+        """So far: up, down, and of weights from disk."""
+        hidden = 0 if self.hidden_states is None else self.hidden_states.moved_bytes
+        up, down = self._dispatch.h2d_bytes, self._dispatch.d2h_bytes + self._norms.d2h_bytes
+        if self.streamed is not None:
+            up += self.streamed.slots.h2d_bytes
+        from_disk = 0 if self._disk_weights is None else self._disk_weights.sent_bytes
+        return up + hidden, down + hidden, from_disk
 
     def _run(self, batches: Sequence[Batch], count: int) -> None:
         """Forward and backward of this rank's of `count` micro-batches."""
@@ -497,37 +516,15 @@ class ExactOffload:
     def _take_loss(self, loss: Tensor) -> None:
         """The loss is known, and with it the gradients of what only its computation uses."""
         self._loss.send(loss)
-        if self.non_block_parameters:
-            used = self._passes.used_before()
-            every = range(self._num_blocks, self._num_groups)
-            later = {index for index in every if self.non_block_parameters[index - self._num_blocks] in used}
-            self.last_non_block = later
-            self._send_non_block(each for each in every if each not in later)
-
-    @torch.no_grad()
-    def _begin_non_block(self, indices: Iterable[int]) -> None:
-        """Tensors outside the blocks are about to be used and to get gradients."""
-        for index in indices:
-            self._in_flight.settle(index)
-            self._non_block_gradients[index - self._num_blocks].zero_()
-
-    @torch.no_grad()
-    def _send_non_block(self, indices: Iterable[int]) -> None:
-        """Gradients of tensors outside the blocks are complete."""
-        assert self._non_block_buffers is not None
-        for index in indices:
-            number = index - self._num_blocks
-            gradient = self._non_block_gradients[number]
-            for chunk in self.host.chunks[index]:
-                chunk.deadline = -1 if index in self.last_non_block else self._num_blocks
-            self._send(index, gradient, self._non_block_buffers, number, goes_up=True)
+        if self.outside_on_host.parameters:
+            self.outside_on_host.send_others(self._passes.used_before())
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: they must have come up."""
         self._compute.stop()  # what is waited for now is no compute
         if self.streamed is None:
             if index == self._updated_by_gpu:  # by now the GPU has those before it to compute
-                self._check_norm_on_gpu()
+                self._check_gpu_updates()
             self._in_flight.settle(index)
         else:
             self.streamed.enter_forward(index)
@@ -537,8 +534,7 @@ class ExactOffload:
         if self.streamed is not None:
             self.streamed.leave(index)
         if index == self._num_blocks - 1:
-            every = range(self._num_blocks, self._num_groups)
-            self._begin_non_block(each for each in every if each not in self.last_non_block)
+            self.outside_on_host.begin_others()
 
     def before_backward(self, index: int) -> None:
         """A block's gradients are about to be made: its slot must be free, and its weights must be there."""
@@ -565,150 +561,54 @@ class ExactOffload:
             self.streamed.forget(index)
         assert self._buffers is not None
         place = self._buffers.take(self._compute.standing)
-        give = partial(self._buffers.give, place)
-        downloaded = self._send(
+        downloaded = self._dispatch.send(
             index,
             self._slots.gradient(index),
             self._buffers,
             place,
             goes_up=self.streamed is None,
-            consumed=give,
+            consumed=partial(self._buffers.give, place),
         )
         self._slots.leave(index, downloaded)
 
     def _update_on_gpu(self, index: int, scale: Tensor | None) -> None:
         """AdamW by the block's gradient, which is in its slot, times `scale` (1,), unless that or one that
         backward reached before it is not finite."""
-        for parameter, gradient in zip(self.own[index], self._slots.gradients(index), strict=True):
-            parameter.grad = gradient
         total = self._norms.of_groups[index : self._num_blocks].sum(0, keepdim=True)
-        self._masters[index].step(self._share.learning_rate, scale, total)
+        rate = self._share.learning_rate
+        self._gpu_updates.update(index, self._slots.gradients(index), rate, scale, total)
         self._slots.leave(index, self.link.record())
 
-    def _check_norm_on_gpu(self) -> None:
-        """Raises `NonFiniteLoss` if a gradient that the GPU updates by was not finite in the last step."""
-        if self._masters and not math.isfinite(self._norm_on_gpu.read()):
-            self._norm_on_gpu = LossOnHost(self.link)
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """What is left of the step once backward has been enqueued."""
+        self.outside_on_host.send()
+        self._outside_on_gpu.sum_over_ranks(self._world)
+        outside = self._outside_on_gpu.squared_norm(self.device)
+        own = self._norms.of_groups.sum(0, keepdim=True) + outside
+        squared = own if self._world.size == 1 else self._dispatch.squared_norm_of_ranks() + outside
+        scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
+        # HAZARD: behind `finish`, whose norm the CPU clips by.
+        self._dispatch.submit()
+        if self.settings.waits_for_norm:
+            for index in range(self._updated_by_gpu):
+                self._update_on_gpu(index, scale)
+        self._gpu_updates.send_norm(self._norms.of_groups)
+        # Finite where both are: another rank's gradient may be what is not.
+        total = own if squared is own else own + squared
+        self._outside_on_gpu.step(self._share.learning_rate, scale, total)
+
+    def _check_gpu_updates(self) -> None:
+        """Raises `NonFiniteLoss` if a gradient that the GPU updates blocks by was not finite in the last
+        step."""
+        if not self._gpu_updates.was_finite():
             self._in_flight.discard()
             raise NonFiniteLoss(str(GradientNotFinite(self.steps_done - 1)))
 
     def _settle_all(self) -> None:
         """Let the compute stream wait for all updates. Raises what the next step would."""
-        self._check_norm_on_gpu()
+        self._check_gpu_updates()
         self._in_flight.settle_all()
-
-    def _send(
-        self,
-        index: int,
-        gradient: Tensor,
-        buffers: GradientBuffers,
-        number: int,
-        *,
-        goes_up: bool,
-        consumed: Callable[[], None] = lambda: None,
-    ) -> Event:
-        """Download a gradient (elements,) to the place of that `number` in `buffers` and hand it to the
-        worker; the event of its arrival. `goes_up`: the new weights do, when they are made. `consumed` is
-        called when the place is free."""
-        kept, place = self.kept, buffers.own[number]
-        chunks, weights = self.host.chunks[index], self.on_gpu[index]
-        norm = self._norms.take(index, gradient)
-        self._step_d2h_bytes += gradient.nbytes + norm.nbytes
-        ready = self.link.record()
-        if goes_up:
-            self._step_h2d_bytes += weights.nbytes
-
-        def all_consumed() -> None:
-            consumed()
-            kept.updated(index)
-
-        give = _once_all(len(chunks), all_consumed)
-        updates = [
-            ChunkUpdate(
-                state=chunk,
-                share=self._share,
-                destination=UploadTarget(memory=weights[chunk.begin : chunk.end], free=ready)
-                if goes_up
-                else None,
-                consumed=give,
-                place=number,
-                of_ranks=self._from_ranks(index, chunk, buffers, number),
-            )
-            for chunk in chunks
-        ]
-        self._in_flight.put(index, updates)
-        for chunk in chunks:
-            chunk.gradient = place[chunk.begin : chunk.end]
-        if self._ranks is not None:
-            self._norms.learn(self._share, self._ranks)
-        if self._pipeline is None:
-            chunks[0].squared_norm.copy_(norm)
-            place[: gradient.numel()].copy_(gradient)
-            return Event()
-        name = f"block {index}" if index < self._num_blocks else "outside the blocks"
-        copies = [(gradient[chunk.begin : chunk.end], _arriving(chunk)) for chunk in chunks]
-        arrived = self.link.download_each([(norm, chunks[0].squared_norm), *copies], after=ready, name=name)
-        for update, event in zip(updates, arrived[1:], strict=True):
-            update.downloaded = event
-        if not self.settings.waits_for_norm:
-            kept.submit(index, updates, self._pipeline)
-        elif self._ranks is not None:
-            for update in updates:
-                self._pipeline.submit_norms([update])
-        return arrived[-1]
-
-    def _from_ranks(
-        self, index: int, chunk: BlockChunk, buffers: GradientBuffers, number: int
-    ) -> Callable[[Sequence[int]], OfRanks] | None:
-        """What gives the gradients of all ranks, if there are several; this one's are at that number."""
-        if self._ranks is not None:
-            return partial(self._of_ranks, index, chunk, buffers)
-        if self._world.size > 1:
-            gradient = buffers.own[number][chunk.begin : chunk.end]
-            return ExchangedGradients(self._world, gradient, chunk.squared_norm)
-        return None
-
-    def _of_ranks(
-        self, index: int, chunk: BlockChunk, buffers: GradientBuffers, places: Sequence[int]
-    ) -> OfRanks:
-        return OfRanks(
-            [place[chunk.begin : chunk.end] for place in buffers.of_ranks(places)],
-            [norms[index : index + 1] for norms in self.host.norms_of_ranks],
-        )
-
-    @torch.no_grad()
-    def _finish(self) -> None:
-        """What is left of the step once backward has been enqueued."""
-        self._send_non_block(sorted(self.last_non_block))
-        self._non_block.sum_over_ranks(self._world)
-        outside = self._non_block.squared_norm(self.device)
-        own = self._norms.of_groups.sum(0, keepdim=True) + outside
-        squared = own if self._world.size == 1 else self._squared_norm_of_ranks() + outside
-        scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
-        if self._share.max_norm is not None:
-            self._step_d2h_bytes += squared.nbytes
-        if self._pipeline is None:
-            update_at_once(self._in_flight.all(), self.device)
-        elif self.settings.waits_for_norm:
-            for index in range(self._num_groups):
-                self.kept.submit(index, self._in_flight.of(index), self._pipeline)
-        if self.settings.waits_for_norm:
-            for index in range(len(self._masters)):
-                self._update_on_gpu(index, scale)
-        if self._masters:
-            self._norm_on_gpu.send(self._norms.of_groups[: len(self._masters)].sum())
-        # Finite where both are: another rank's gradient may be what is not.
-        self._non_block.step(self._share.learning_rate, scale, own if squared is own else own + squared)
-
-    def _squared_norm_of_ranks(self) -> Tensor:
-        """(1,) on the device: of the sum of all ranks' gradients that the host updates by. The CPU takes it,
-        which is waited for if this step is clipped by it; else 0, and the next step learns it."""
-        found = 0.0
-        if self._pipeline is None and self._share.max_norm is not None:
-            found = norm_of_ranks(self._in_flight.all())
-        elif self._pipeline is not None and self.settings.waits_for_norm:
-            found = self._pipeline.wait_for_norm(self._share.step)
-        return torch.full((1,), found, device=self.device)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 
@@ -737,8 +637,8 @@ class ExactOffload:
         """Weights, low halves of masters, moments, step and random state."""
         self._settle_all()
         self.synchronize()
-        state = rng_state(self.device) | self._non_block.state(self._names)
-        for each in self._masters:
+        state = rng_state(self.device)
+        for each in (self._outside_on_gpu, self._gpu_updates):
             state |= each.state(self._names)
         about: dict[str, Any] = {"engine": self.name, "steps_done": self.steps_done}
         about["gpu_blocks"] = self._updated_by_gpu
@@ -765,11 +665,11 @@ class ExactOffload:
             )
         self.kept.load(folder, tensors, about["updates"])
         first = self._updated_by_gpu if self.streamed is None else self._num_blocks
-        for index in range(first, self._num_groups):
+        for index in range(first, len(self.on_gpu)):
             self.host.weights[index].copy_(self.on_gpu[index].detach())
         if self.streamed is not None:
             self.streamed.slots.forget_all()
-        for each in (*self._masters, self._non_block):
+        for each in (self._gpu_updates, self._outside_on_gpu):
             each.load(self._names, tensors)
         load_rng_state(self.device, tensors)
         self.steps_done = int(about["steps_done"])
@@ -804,26 +704,9 @@ class ExactOffload:
             self._pipeline = None
         self.link.synchronize()
         self._in_flight.clear()
-        held = (self._buffers, self._states, self._non_block_buffers, self.hidden_states)
-        for each in (self._disk_weights, *held, self._ranks):
+        pinned = (self._disk_weights, self._buffers, self._states, self._outside_on_host)
+        for each in (*pinned, self.hidden_states, self._ranks):
             if each is not None:
                 each.close()
-        self._buffers = self._states = self._non_block_buffers = self.hidden_states = self._ranks = None
-        self._disk_weights = None
-
-
-def _arriving(chunk: BlockChunk) -> Tensor:
-    assert chunk.gradient is not None
-    return chunk.gradient
-
-
-def _once_all(count: int, act: Callable[[], None]) -> Callable[[], None]:
-    """To be called `count` times, from one thread; the last one acts."""
-    left = [count]
-
-    def called() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            act()
-
-    return called
+        self._disk_weights = self._buffers = self._states = self._outside_on_host = None
+        self.hidden_states = self._ranks = None

@@ -127,8 +127,8 @@ from engines.subspace.subspaces import (
 )
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
-from engines.transfer.loss_on_host import LossOnHost
 from engines.transfer.rank_sums import check_ranks, sum_of_losses
+from engines.transfer.value_on_host import ValueOnHost
 from engines.world import ALONE, World, divide
 
 
@@ -219,7 +219,7 @@ class Lsp:
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
         self._squared_total = torch.zeros(1, device=self.device)
-        self._loss = LossOnHost(self.link)
+        self._loss = ValueOnHost(self.link)
         self._total_on_host = torch.zeros(1, pin_memory=self.device.type == "cuda")
         if self.streamed is not None:
             self.streamed.follow(self._blocks, self._is_updated)

@@ -195,11 +195,12 @@ class TestTwin:
         with running(family, ctx, outer="host", **changes) as engine:
             assert_same(train(engine, batches, 2), expected)
             names = {each: name for name, each in engine.model.named_parameters()}
-            non_block = {names[each]: index for index, each in enumerate(engine.non_block_parameters, BLOCKS)}
-            last = {name for name, index in non_block.items() if index in engine.last_non_block}
-        assert any("embed" in name or "wte" in name for name in last)
+            outside = engine.outside_on_host
+            non_block = {names[each]: index for index, each in enumerate(outside.parameters, BLOCKS)}
+            first = {name for name, index in non_block.items() if index in outside.wanted_first}
+        assert any("embed" in name or "wte" in name for name in first)
         if family != "deberta-v2":  # whose blocks use what is outside them
-            assert tied or any("norm" in name or "ln_f" in name for name in non_block.keys() - last)
+            assert tied or any("norm" in name or "ln_f" in name for name in non_block.keys() - first)
 
     def test_parameters_outside_the_blocks_on_the_host_learn_what_those_on_the_gpu_do(self) -> None:
         batches, outcomes = tiny_batches(8, "llama"), []

@@ -1,4 +1,4 @@
-"""A step's loss on its way to the host."""
+"""One number of a step, such as its loss, on its way to the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from engines.transfer.link import Event, Link
 
 
-class LossOnHost:
+class ValueOnHost:
     """Known long before the step's end, so that the next one can be started."""
 
     def __init__(self, link: Link) -> None:
@@ -16,9 +16,9 @@ class LossOnHost:
         self._value = torch.zeros(1, pin_memory=link.device.type == "cuda")
         self._is_known = Event()
 
-    def send(self, loss: Tensor) -> None:
-        """Copy `loss`, of one element, on the compute stream. Does not wait."""
-        self._value.copy_(loss.reshape(1), non_blocking=True)
+    def send(self, value: Tensor) -> None:
+        """Copy `value`, of one element, on the compute stream. Does not wait."""
+        self._value.copy_(value.reshape(1), non_blocking=True)
         self._is_known = self._link.record()
 
     def read(self) -> float:
