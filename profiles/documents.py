@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import tempfile
 from functools import cache
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from engines.errors import UserError, plainly
-from engines.files.reading import read_json, without_controls
+from engines.files.reading import exists, is_folder, read_json, without_controls
 from engines.files.writing import ELSEWHERE as ELSEWHERE
 from engines.files.writing import TEMPORARY, unwritable
 from engines.files.writing import write_whole as write_whole
@@ -72,10 +73,18 @@ def to_json(document: Any) -> str:
     return adapter(kind).dump_json(document, indent=1).decode("utf-8") + "\n"
 
 
-def require_folder(path: Path) -> None:
-    """Raises `UserError` if a file is at `path`: before the work whose result goes there. Writes nothing."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--out {path}", "is a file, and a folder is needed", "name another place")
+def check_folder_writable(folder: Path, remedy: str = ELSEWHERE) -> None:
+    """Raises `UserError` if nothing can be written into `folder`, or into the nearest one above it where it
+    is not there yet, or if a file is in its place: before the work whose results go there. Leaves nothing
+    behind."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if exists(each))
+    if not is_folder(nearest):
+        raise UserError(str(nearest), "is a file, and a folder is needed", "name another --out")
+    try:
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY, dir=nearest, buffering=0) as file:
+            file.write(bytes(mmap.PAGESIZE))  # a full disk still takes an empty file
+    except OSError as error:
+        raise unwritable(folder, error, remedy) from None
 
 
 def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHERE) -> None:

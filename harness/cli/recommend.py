@@ -52,7 +52,7 @@ from profiles.advice.job_time import Rates
 from profiles.advice.money import dated_ahead, parse_power, parse_price
 from profiles.advice.outlook import JobToPlan
 from profiles.advice.target import parse_target
-from profiles.documents import require_folder, to_json
+from profiles.documents import to_json
 from profiles.language import translated, word
 from profiles.machine import Machine
 
@@ -185,8 +185,6 @@ def recommend(
     if lengths is not None and not tokenizer_files(job.model):
         _note(f"{job.model.name} comes without a tokenizer here, {IN_BYTES}")
     folder = None if recipe is None else results_folder(out, "recipe", job.model.name, resume=False)
-    if folder is not None:
-        require_folder(folder)
     machine = _machine(profile, quiet=quiet)
     for note in limits_beyond(job, machine):
         _note(note)

@@ -7,6 +7,7 @@ kind is not worth one of the other. Overlapping ranges are a tie.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from profiles.planning.precisions import INSTEAD
 LONG_S = 1800.0
 """From where on it is said what a comparison takes."""
 
-TO_DO = "; use --"
-"""Before the flag with which a method can run."""
+TO_DO = re.compile("; (use --|set )")
+"""Before that with which a method can run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +68,12 @@ def verdict_of(
     if not plans:
         sentences.append(words.NO_PLAN)
     elif not fitting:
-        sentences += _nothing(plans, ways_out)
+        sentences += _nothing(plans, ways_out, shape)
     else:
         if first:
             sentences += _of_kind(words.WITH_GRADIENTS, first, ties, forecasts, asked["first"], of_job=of_job)
         elif asked["first"]:
-            sentences.append(_no_first_order(plans, ways_out))
+            sentences.append(_no_first_order(plans, ways_out, shape))
         if zeroth:
             sentences += _of_kind(
                 words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, asked["zeroth"], of_job=of_job
@@ -150,7 +151,7 @@ def _of_kind(
     return said
 
 
-def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
+def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut], shape: ModelShape) -> list[str]:
     able = [plan for plan in plans if plan.available]
     said = [words.NOTHING_FITS if able else words.NOTHING_RUNS]
     by_reason: dict[str, dict[str, list[str]]] = {}
@@ -167,21 +168,23 @@ def _nothing(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]
         ]
         everybody = words.names([each for names in dtypes.values() for each in names])
         said.append(f"{everybody}: {reason}{': type ' if typed else ''}{'; '.join(typed)}.")
-    return [*said, *_advice(plans, ways_out)]
+    return [*said, *_advice(plans, ways_out, shape)]
 
 
-def _no_first_order(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> str:
+def _no_first_order(plans: Sequence[Plan], ways_out: Mapping[str, WayOut], shape: ModelShape) -> str:
     outcome = "No method with gradients fits."
-    ways = _advice([plan for plan in plans if entry(plan.engine).order == "first"], ways_out)
+    ways = _advice([plan for plan in plans if entry(plan.engine).order == "first"], ways_out, shape)
     return " ".join([outcome, *ways])
 
 
-def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
+def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut], shape: ModelShape) -> list[str]:
     """The quickest way out, those that cost no quality first."""
     found = [ways_out[plan.engine] for plan in plans if plan.engine in ways_out]
     if not found:
-        if any(TO_DO in (plan.why_not or "") for plan in plans):
+        if any(TO_DO.search(plan.why_not or "") for plan in plans):
             return []  # what to change of the job has been told
+        if all(_refuses_model(plan, shape) for plan in plans):
+            return ["No other machine would change that: name other methods with --engines."]
         return ["No change that was tried lets one fit: see --what-if for other machines."]
     best = min(
         found,
@@ -192,3 +195,10 @@ def _advice(plans: Sequence[Plan], ways_out: Mapping[str, WayOut]) -> list[str]:
         ),
     )
     return [f"Nearest: {best.engine} with {best.flags} (price: {best.quality})."]
+
+
+def _refuses_model(plan: Plan, shape: ModelShape) -> bool:
+    """On any machine: for how the method goes through blocks, or would with settings of its own."""
+    return plan.why_not is not None and plan.why_not in {
+        shape.why_not_walked(walk) for walk in (entry(plan.engine).walk, "block_major")
+    }

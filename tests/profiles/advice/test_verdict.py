@@ -124,3 +124,15 @@ def test_a_precision_is_named_for_what_it_lets_run() -> None:
     found = verdict(["native", "lora", "torchao-offload"], named_shape("qwen2.5-1.5b"), workload, machine=t4)
     assert "type --dtype fp32 for lora." in found.text
     assert "native, lora and torchao-offload: NVIDIA T4 has no bf16" in found.text
+
+
+def test_another_machine_is_not_named_where_the_model_is_refused() -> None:
+    """It said 'see --what-if for other machines', none of which would run it."""
+    funnel = replace(DEEPSEEK_1B, family="funnel")
+    text = verdict(["lsp", "zo2"], funnel).text
+    assert text.endswith("No other machine would change that: name other methods with --engines.")
+    assert "--what-if" not in text
+    large = verdict(["native"], OPT_13B, vram_bytes=4 * GB).text
+    assert "see --what-if for other machines" in large
+    asks = verdict(["zo2"], replace(DEEPSEEK_1B, has_router_loss=True)).text
+    assert asks.endswith("set output_router_logits to false in config.json.")
