@@ -280,25 +280,29 @@ class UpdatePipeline:
         """The next job; `None` once closed and empty."""
         with self._changed:
             while True:
-                while not (self._arriving or self._ready):
-                    if self._is_closed:
-                        return None
-                    self._changed.wait()
-                try:
-                    # Downloads end in the order of submission: they share a stream.
-                    while self._arriving and _has_happened(self._arriving[0].updates[-1].downloaded):
-                        job = self._arriving.popleft()
-                        self._report_arrived(job)
-                        heapq.heappush(self._ready, (job.updates[0].state.deadline, next(self._order), job))
-                    if self._ranks is not None and self._error is None:
-                        if (found := self._arrived_on_all_ranks(self._ranks)) is not None:
-                            return found
-                        self._ranks.look_for_peers()
-                        self._changed.wait(POLL_S)
-                        continue
-                except BaseException as error:  # an earlier kernel's, told by any call to the driver
-                    self._error = error
-                return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
+                self._changed.wait_for(lambda: self._arriving or self._ready or self._is_closed)
+                if not (self._arriving or self._ready):
+                    return None
+                if (job := self._next()) is not None:
+                    return job
+
+    def _next(self) -> _Job | None:
+        """The next of the jobs that there are, any one after an error; `None`: none has arrived on all
+        ranks."""
+        try:
+            # Downloads end in the order of submission: they share a stream.
+            while self._arriving and _has_happened(self._arriving[0].updates[-1].downloaded):
+                job = self._arriving.popleft()
+                self._report_arrived(job)
+                heapq.heappush(self._ready, (job.updates[0].state.deadline, next(self._order), job))
+            if self._ranks is not None and self._error is None:
+                if (found := self._arrived_on_all_ranks(self._ranks)) is None:
+                    self._ranks.look_for_peers()
+                    self._changed.wait(POLL_S)
+                return found
+        except BaseException as error:  # an earlier kernel's, told by any call to the driver
+            self._error = error
+        return heapq.heappop(self._ready)[2] if self._ready else self._arriving.popleft()
 
     def _report_arrived(self, job: _Job) -> None:
         for update in job.updates if self._ranks is not None else ():

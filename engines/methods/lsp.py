@@ -82,7 +82,6 @@ from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, update_at_once
-from engines.cpu_updates.cpu_adam import add_up, squared_norm_of_sum
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
@@ -115,6 +114,7 @@ from engines.subspace.core_checkpoint import load_cores, save_cores
 from engines.subspace.core_matrix import CoreMatrix, warn_of_idle
 from engines.subspace.cores import CoreBlock, Cores, CoreState, move_moments
 from engines.subspace.dense_parameters import DenseParameters
+from engines.subspace.machine_sums import MachineSums
 from engines.subspace.projector import Projector
 from engines.subspace.rank_projectors import follow_moments, follow_projectors
 from engines.subspace.streamed_matrices import StreamedMatrices
@@ -122,8 +122,8 @@ from engines.subspace.subspaces import (
     Check,
     Round,
     Subspace,
-    derived_seed,
     draw_subspaces,
+    subspace_seed,
 )
 from engines.transfer.clock import now_s
 from engines.transfer.engine_clocks import Clocks
@@ -165,8 +165,8 @@ class Lsp:
         """The ranks that have what is on the host together."""
         self._ranks: RankUpdates | None = None
         """`None`: one process."""
-        self._of_machines: dict[int, OfRanks] = {}
-        """With several machines, what each has of the chunks that this rank updates, by number."""
+        self._machines: MachineSums | None = None
+        """`None`: one machine."""
         self._share = StepShare(step=-1, learning_rate=0.0)
         """Of the last step."""
 
@@ -215,6 +215,8 @@ class Lsp:
         if size > 1:
             owners = [number % size for number in range(len(self._cores.first))]
             self._ranks = RankUpdates(owners, self._world, context.progress)
+        if self._has_machines:
+            self._machines = MachineSums(self._cores, self._ranks, self._world, self.link)
         self.dense = DenseParameters(self.model, subspaces, settings, self.device)
         for matrix in self._matrices():
             compress_gradient(matrix.subspace.module, matrix, matrix.kept_width)
@@ -466,16 +468,22 @@ class Lsp:
             update.downloaded = event
         if self._sends_at_once:
             self._pipeline.submit_each(updates)
-        if self._ranks is not None and self.settings.max_grad_norm > 0 and not self._has_machines:
-            for update in updates:
-                self._pipeline.submit_norms([update])
+        if not self._has_machines:
+            self._submit_norms(updates)
         slot_free = self._laid_out.slot_free
         slot_free[place % len(slot_free)] = updates[-1].downloaded
 
+    def _submit_norms(self, updates: Sequence[ChunkUpdate]) -> None:
+        """Where gradients are clipped, let the worker take the norms of what several ranks or machines bring,
+        before it updates by any."""
+        if self._ranks is not None and self._pipeline is not None and self.settings.max_grad_norm > 0:
+            for update in updates:
+                self._pipeline.submit_norms([update])
+
     def _from_ranks(self, place: int, state: CoreState) -> Callable[[Sequence[int]], OfRanks] | None:
         """What gives the cores of all ranks, if there are several, or those of all machines."""
-        if self._has_machines:
-            return lambda places: self._of_machines[state.number]
+        if self._machines is not None:
+            return self._machines.of(state.number)
         if self._ranks is not None:
             return partial(self._laid_out.of_ranks, place, state)
         if self._world.size > 1:
@@ -488,7 +496,7 @@ class Lsp:
         for matrix in block.matrices:
             if matrix.residual is not None:
                 subspace, share = matrix.subspace, self._share
-                key = derived_seed(self.context.seed, subspace.name, share.step, "residual") & 0xFFFFFFFF
+                key = subspace_seed(self.context.seed, subspace.name, share.step, "residual") & 0xFFFFFFFF
                 # `data`: as in `_apply`.
                 matrix.residual.apply(subspace.weight.data, share.learning_rate, self.settings, key)
 
@@ -500,33 +508,6 @@ class Lsp:
     @property
     def _has_machines(self) -> bool:
         return self._world.size > self._world.local_size
-
-    def _reduce_between_machines(self) -> None:
-        """Let every machine have each one's sum of its ranks' cores. A rank sends what it updates."""
-        updates = self._in_flight.all()
-        for update in updates:
-            self.link.host_wait(update.downloaded)
-        self._world.barrier()  # HAZARD: those of the other ranks of this machine have come down, too
-        own: list[tuple[int, Tensor]] = []
-        for place in range(len(self._blocks)):
-            for update in self._in_flight.of(place):
-                number = update.state.number
-                if self._ranks is None or self._ranks.owns(number):
-                    state = self._blocks[place].state_of(number)
-                    own.append((number, torch.empty_like(state.incoming)))
-                    add_up(own[-1][1], self._laid_out.of_ranks(place, state, ()).gradients)
-        sums = torch.cat([each for _, each in own])
-        of_machines = [
-            torch.split(each, [its.numel() for _, its in own]) for each in self._world.between_machines(sums)
-        ]
-        self._of_machines = {}
-        for at, (number, _) in enumerate(own):
-            gradients = [parts[at] for parts in of_machines]
-            norm = torch.tensor([squared_norm_of_sum(gradients)])
-            self._of_machines[number] = OfRanks(gradients, [norm])
-        if self._ranks is not None and self._pipeline is not None and self.settings.max_grad_norm > 0:
-            for update in updates:
-                self._pipeline.submit_norms([update])
 
     def _finish_backward(self) -> None:
         """What is left of the step once backward has been enqueued."""
@@ -540,8 +521,9 @@ class Lsp:
                 block.squared_norm.zero_()
                 self._report_no_norm(block)
         self.dense.finish_backward(self._world)
-        if self._has_machines:
-            self._reduce_between_machines()
+        if self._machines is not None:
+            self._machines.exchange(self._in_flight)
+            self._submit_norms(self._in_flight.all())
         torch.sum(self._laid_out.squared_norms, 0, keepdim=True, out=self._squared_total)
         if self.settings.max_grad_norm > 0:
             self._clip(self.settings.max_grad_norm)
@@ -589,7 +571,7 @@ class Lsp:
             self._update(matrix.subspace, matrix.subspace.weight.data, core, share)
 
     def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
-        key = derived_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
+        key = subspace_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
         apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
 
     def _settle(self, place: int) -> None:
@@ -732,6 +714,7 @@ class Lsp:
             self._pipeline = None
         self._in_flight.clear()
         self.link.synchronize()
+        self._machines = None
         if self._cores is not None:
             self._cores.close()
             self._cores = None

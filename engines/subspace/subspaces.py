@@ -123,8 +123,9 @@ def block_matrices(model: nn.Module) -> list[tuple[int, str, nn.Linear | Conv1D]
     ]
 
 
-def derived_seed(seed: int, *parts: object) -> int:
-    """A seed of 63 bits that depends on all of its arguments."""
+def subspace_seed(seed: int, *parts: object) -> int:
+    """A seed of 63 bits that depends on all of its arguments. Projectors and rounding have the bits of these:
+    another separator would be another training."""
     text = "/".join(str(part) for part in (seed, *parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -136,7 +137,7 @@ def draw_pair(
     rows, columns = shape
     kind = settings.projector
     r = min(settings.r, d)
-    seeds = [derived_seed(seed, name, place, generation) for place in ("left", "right")]
+    seeds = [subspace_seed(seed, name, place, generation) for place in ("left", "right")]
     if kind == "one_hot":
         return one_hot_projector(rows, d, seeds[0]), one_hot_projector(columns, d, seeds[1])
     make = random_block_projector if kind == "block" else random_projector

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from engines.subspace.projector import Projector, random_block_projector
 from engines.subspace.projector_search import block_pair, relative_bias
-from engines.subspace.subspaces import derived_seed
+from engines.subspace.subspaces import subspace_seed
 
 SHARES = (0.25, 0.5)
 """d over a matrix's smaller dimension."""
@@ -81,7 +81,7 @@ class Learner:
 
     def gradients(self, number: int) -> Gradients:
         """Of the batch of that number."""
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task.name, number))
+        generator = torch.Generator().manual_seed(subspace_seed(self.seed, self.task.name, number))
         rows = torch.randint(len(self.task.labels), (BATCH_SIZE,), generator=generator).tolist()
         texts = [[self.task.texts[row][part] for row in rows] for part in range(len(self.task.texts[0]))]
         tokens = self.tokenizer(
@@ -106,7 +106,7 @@ def pairs_of(gradients: Gradients, share: float) -> Pairs:
 
 def random_pairs(gradients: Gradients, share: float, seed: int) -> Pairs:
     def drawn(name: str, rows: int, d: int, side: str) -> Projector:
-        return random_block_projector(rows, d, R, derived_seed(seed, name, side))
+        return random_block_projector(rows, d, R, subspace_seed(seed, name, side))
 
     return {
         name: (

@@ -42,7 +42,7 @@ from engines.subspace.core_matrix import IdleMatrixWarning
 from engines.subspace.cores import CoreState
 from engines.subspace.projector import Projector, SparseProjector, compress, decompress, transport_moments
 from engines.subspace.residual import make_residual
-from engines.subspace.subspaces import Subspace, block_matrices, derived_seed
+from engines.subspace.subspaces import Subspace, block_matrices, subspace_seed
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint, tiny_config
@@ -1175,7 +1175,7 @@ def test_matrices_alone_learn_nearly_as_much_as_with_adamw(family: str) -> None:
 
 def test_seeds_differ_by_every_argument() -> None:
     seeds = [
-        derived_seed(seed, name, side, generation)
+        subspace_seed(seed, name, side, generation)
         for seed in (0, 1)
         for name in ("a", "b")
         for side in ("left", "right")
