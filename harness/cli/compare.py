@@ -44,9 +44,10 @@ from harness.cli.tables import grid_table, host_line, runs_table
 from harness.host_speed import explains
 from harness.pipeline import ROUNDS, Sweep, planned_cells, prepare
 from harness.progress import console
-from harness.quality.documents import parse_budget, parse_quality_target
+from harness.quality.documents import QualityTarget, TrialBudget, parse_budget, parse_quality_target
 from harness.quality.study import StudyRequest, prepare_study
 from harness.records.comparison import other_host
+from harness.records.job import Job
 from profiles.documents import to_json
 
 
@@ -83,44 +84,57 @@ def compare(
     warm-up, on the built-in data.
     """
     if suite is not None:
-        if target is not None or test_data is not None:
-            raise UserError(
-                "--suite", "its tasks have targets and test data", "leave out --target, --test-data"
-            )
+        _check_suite(target, test_data)
         asked = SuiteFlags(
             name=suite, out=results_folder(out, "suite", Path(suite).stem, resume, dry_run=dry_run),
             data_dir=data_dir, engines=engines, budget=budget, emulate=emulate, profile=profile, seeds=seeds,
             resume=resume, quiet=quiet,
         )  # fmt: skip
         suite_seen(flags, asked, dry_run=dry_run, as_json=as_json)
-        return
-    if target is not None or budget is not None:
+    elif target is not None or budget is not None:
+        quality_target, limit = _target_and_budget(target, budget, external)
         names = method_names(engines)
-        if target is None or budget is None:
-            missing = "--budget" if budget is None else "--target"
-            raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
-        if external:
-            raise UserError(
-                "--external", "has data of its own, of which --target says nothing", "leave it out"
-            )
         job = replace(flags.job(names, {"padding": "longest"}), warmup_steps=0)
         study = StudyRequest(
             engines=names, out=results_folder(out, "study", job.model.name, resume, dry_run=dry_run),
-            target=parse_quality_target(target), budget=parse_budget(budget), seeds=seeds, test=test_data,
+            target=quality_target, budget=limit, seeds=seeds, test=test_data,
             profile=profile, emulate=emulate, resume=resume, quiet=quiet,
         )  # fmt: skip
         study_seen(prepare_study(job, study), dry_run=dry_run, as_json=as_json, quiet=quiet)
-        return
-    names = engine_names(engines)
-    if test_data is not None:
-        raise UserError("--test-data", "is for --target and --budget", "leave it out, or give both")
-    job = flags.job(names)
-    folder = results_folder(out, "compare", job.model.name, resume, dry_run=dry_run)
-    sweep = Sweep(
-        engines=names, out=folder, profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
-        check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,
-        external=external or (),
-    )  # fmt: skip
+    else:
+        names = engine_names(engines)
+        if test_data is not None:
+            raise UserError("--test-data", "is for --target and --budget", "leave it out, or give both")
+        job = flags.job(names)
+        sweep = Sweep(
+            engines=names, out=results_folder(out, "compare", job.model.name, resume, dry_run=dry_run),
+            profile=profile, emulate=emulate, rounds=rounds, criteria=criteria,
+            check_criteria=by_name("reports.criteria:load_criteria"), resume=resume, trace=trace, quiet=quiet,
+            external=external or (),
+        )  # fmt: skip
+        _sweep_seen(job, sweep, dry_run=dry_run, as_json=as_json)
+
+
+def _check_suite(target: str | None, test_data: str | None) -> None:
+    """Raises `UserError` for what a suite's tasks say by themselves."""
+    if target is not None or test_data is not None:
+        raise UserError("--suite", "its tasks have targets and test data", "leave out --target, --test-data")
+
+
+def _target_and_budget(
+    target: str | None, budget: str | None, external: list[Path] | None
+) -> tuple[QualityTarget, TrialBudget]:
+    """Raises `UserError` for one without the other, and for trainers that are not ours."""
+    if target is None or budget is None:
+        missing = "--budget" if budget is None else "--target"
+        raise UserError(missing, "is missing", "give both --target METRIC>=VALUE and --budget 2h")
+    if external:
+        raise UserError("--external", "has data of its own, of which --target says nothing", "leave it out")
+    return parse_quality_target(target), parse_budget(budget)
+
+
+def _sweep_seen(job: Job, sweep: Sweep, *, dry_run: bool, as_json: bool) -> None:
+    """Plan and run, and print what came out; ends the program by how the runs ended."""
     ready = prepare(job, sweep)
     if dry_run:
         cells = planned_cells(ready, sweep)
@@ -136,7 +150,7 @@ def compare(
         explained = {run.id for run in runs if explains(run, ready.machine, ready.shape)}
         console().print(runs_table(runs, explained))
         if (unlike := other_host(runs, ready.machine)) is not None:
-            console(stderr=True, quiet=quiet).print(host_line(unlike), markup=False, soft_wrap=True)
-        typer.echo(by_name("reports.render:what_to_do")(folder))
-        typer.echo(str(folder))
+            console(stderr=True, quiet=sweep.quiet).print(host_line(unlike), markup=False, soft_wrap=True)
+        typer.echo(by_name("reports.render:what_to_do")(sweep.out))
+        typer.echo(str(sweep.out))
     exit_for(run.end_state for run in runs)
