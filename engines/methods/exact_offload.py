@@ -128,10 +128,10 @@ from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
-from engines.offload.disk import spill_folder
 from engines.offload.disk_states import DiskStates
 from engines.offload.disk_weights import DiskWeights
 from engines.offload.kept_states import KeptStates
+from engines.offload.spill_place import spill_folder
 from engines.offload.streamed_weights import StreamedWeights
 from engines.settings.exact_offload import GRADIENT_SLOTS, ExactOffloadSettings
 from engines.transfer.engine_clocks import Clocks

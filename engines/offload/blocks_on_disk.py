@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from engines.base import Blueprint, Context
 from engines.costs.zo2 import choose_on_disk
-from engines.offload.disk import DiskBlocks, spill_folder
+from engines.offload.disk import DiskBlocks
 from engines.offload.disk_files import BlockFiles
 from engines.offload.disk_tensors import in_place
 from engines.offload.shared_disk import SharedDisk
+from engines.offload.spill_place import spill_folder
 from engines.quantized.block_form import BlockForm
 from engines.settings.zeroth_order import Zo2Settings
 from engines.transfer.link import Link

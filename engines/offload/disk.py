@@ -16,21 +16,18 @@ pinned for the GPU but not known to torch's allocator; it is freed only after `c
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from itertools import count
-from pathlib import Path
 from time import sleep
 
 from torch import Tensor, uint8
 
 from engines.base import ReportProgress
 from engines.costs.resources import disk as costs
-from engines.errors import UserError
 from engines.offload.direct_io import FileSpan
 from engines.offload.disk_chunks import ByteRange, DiskChunk, cut
 from engines.offload.disk_files import BlockFiles
@@ -53,24 +50,6 @@ LEAST_TRIED_BYTES = costs.SLOTS * costs.CHUNK_BYTES
 """Below this on disk no rate is measured, and the depth is `USUAL_DEPTH`."""
 
 USUAL_DEPTH = 8
-
-
-def spill_folder(named: str, setting: str = "zo2.disk_folder") -> Path:
-    """The folder that `setting` named, or the default: one place for each user, in the user's cache.
-
-    Raises `UserError` if there is no folder to make the named one in.
-    """
-    if named:
-        folder = Path(named).expanduser()
-        if not folder.parent.is_dir():
-            raise UserError(
-                f"--set {setting}={named}",
-                f"there is no folder {folder.parent}",
-                "make it, or name another",
-            )
-        return folder
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "spill"
 
 
 class DiskBlocks:
@@ -209,7 +188,7 @@ class DiskBlocks:
         try:
             return read.result()
         except OSError as error:
-            raise self.files.place.unusable("cannot be read", error) from error
+            raise self.files.spill.unusable("cannot be read", error) from error
 
     def fill(self, block: int, memory: Tensor) -> None:
         """Write a block, bytes on the device, for the first time or anew. After `rewind`.
@@ -238,7 +217,7 @@ class DiskBlocks:
                 write.result()
             span.file.resize(span.offset_bytes + span.num_bytes)  # exactly, as safetensors asks for
         except OSError as error:
-            raise self.files.place.unusable("cannot be written", error) from error
+            raise self.files.spill.unusable("cannot be written", error) from error
         finally:
             wait_for(writes)
         self.files.is_now_in(block, span)

@@ -34,7 +34,7 @@ class BlockFiles:
     ) -> None:
         self.sizes_bytes = dict(sizes_bytes)
         self.folder = folder
-        self.place = SpillPlace(folder=folder, setting="zo2.disk_folder")
+        self.spill = SpillPlace(folder=folder, setting="zo2.disk_folder")
         self.own: dict[int, FileSpan] = {}
         """Ours, which `fill` writes."""
         self.seconds: dict[int, FileSpan] = {}
@@ -52,7 +52,7 @@ class BlockFiles:
         needed_bytes = sum(self.sizes_bytes[i] for i, _ in missing)
         twice = ", second files for folded updates included" if written_back else ""
         what = f"{len(self.sizes_bytes)} blocks take {needed_bytes / 1e9:.3g} GB{twice}"
-        with self.place.taken(needed_bytes, what, self.close):
+        with self.spill.taken(needed_bytes, what, self.close):
             for index, files in missing:
                 files[index] = self._make_file(index)
 
@@ -91,7 +91,7 @@ class BlockFiles:
             try:
                 self.seconds[block] = self._make_file(block)
             except OSError as error:
-                raise self.place.unusable("cannot hold a second file of a block", error) from error
+                raise self.spill.unusable("cannot hold a second file of a block", error) from error
         return self.seconds[block]
 
     def is_now_in(self, block: int, span: FileSpan) -> None:

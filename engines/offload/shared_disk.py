@@ -251,7 +251,7 @@ class SharedDisk:
             ranks = range(self._size)
             for number in (self._numbers.load(FAILED, rank) for rank in ranks):
                 if number:  # before those that have closed for it
-                    raise self.files.place.unusable("cannot be read", OSError(number, os.strerror(number)))
+                    raise self.files.spill.unusable("cannot be read", OSError(number, os.strerror(number)))
             if any(self._numbers.load(CLOSED, rank) for rank in ranks):
                 raise PeerLost
             return False

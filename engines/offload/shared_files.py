@@ -97,7 +97,7 @@ class SharedFiles(BlockFiles):
         try:
             self.seconds[block] = self._opened(block, maker - 1, descriptor)
         except OSError as error:
-            raise self.place.unusable(
+            raise self.spill.unusable(
                 "holds a file of another rank, which cannot be opened", error
             ) from error
 

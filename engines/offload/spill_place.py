@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.errors import InfeasiblePlan, UserError
+
+
+def spill_folder(named: str, setting: str = "zo2.disk_folder") -> Path:
+    """The folder that `setting` named, or the default: one place for each user, in the user's cache.
+
+    Raises `UserError` if there is no folder to make the named one in.
+    """
+    if named:
+        folder = Path(named).expanduser()
+        if not folder.parent.is_dir():
+            raise UserError(
+                f"--set {setting}={named}",
+                f"there is no folder {folder.parent}",
+                "make it, or name another",
+            )
+        return folder
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "lspzo-bench" / "spill"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ from engines.errors import InfeasiblePlan, UserError
 from engines.methods.mezo import Mezo
 from engines.methods.zo2 import Zo2
 from engines.noise.visits import LOG_CAPACITY
-from engines.offload.disk import spill_folder
+from engines.offload.spill_place import spill_folder
 from engines.settings.parse import parse_settings
 from engines.settings.zeroth_order import MezoSettings, Zo2Settings
 from engines.shapes import Dtype, Workload
