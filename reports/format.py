@@ -116,6 +116,11 @@ def span(low: str, high: str) -> str:
     return _two("show.range", low, high)
 
 
+def minute(time: str) -> str:
+    """`2026-11-21 10:11 UTC` of an ISO 8601 time in UTC; anything else as it is."""
+    return f"{time[:10]} {time[11:16]} UTC" if len(time) >= 16 and time[10] == "T" else time
+
+
 def range_told(low: str, high: str, *, over_steps: bool) -> str:
     """`1.20x to 1.90x over steps: one run`, or without what follows the numbers."""
     return say("compared.over_steps", range=span(low, high)) if over_steps else span(low, high)

@@ -9,13 +9,11 @@ from engines.errors import UserError
 from engines.settings.given import Value
 from harness.records.columns import Column
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
-from harness.records.run import Environment, Run
-from profiles.figures import reported
+from harness.records.run import Run
 from profiles.language import enumerated, large_count, quantity, translated
-from profiles.machine import Figure, Machine
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
-from reports.format import Table, counted, digits, method_flags, model_title, span
+from reports.format import Table, counted, digits, method_flags, minute, model_title, span
 from reports.load import Loaded, engine_order
 from reports.measured.measurements import Measurements, typical
 from reports.messages import say
@@ -97,79 +95,6 @@ def _blocks(count: Value) -> str:
     if count in ("all", 0):
         return say("setting.blocks_all" if count else "setting.blocks_none")
     return say("setting.blocks", count=count)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fact:
-    """Something known of a machine, and how it is known."""
-
-    quantity: str
-    value: str
-    origin: str
-
-
-MACHINE: tuple[Column[Fact], ...] = (
-    Column("quantity", lambda fact: fact.quantity),
-    Column("value", lambda fact: fact.value),
-    Column("origin", lambda fact: fact.origin),
-)
-
-
-def machine_facts(machine: Machine | None, environment: Environment) -> Table:
-    """Each number of the machine with its origin; from the runs' `environment` where no profile was kept."""
-    rows: list[Fact] = []
-
-    def fact(key: str, text: str, origin: str = "") -> None:
-        rows.append(Fact(quantity=say(f"machine.{key}"), value=text, origin=origin))
-
-    def figures(part: str, holder: object) -> None:
-        for row in reported():
-            if row.part == part and isinstance(found := row.of(holder), Figure):
-                text = row.form(found.value)
-                if found.low is not None and found.high is not None and found.low < found.high:
-                    low, high = row.form(found.low), row.form(found.high)
-                    if low != high:
-                        text = say("table.with_range", value=text, range=span(low, high))
-                fact(row.path, text, say(f"origin.{found.origin}", method=translated(found.method)))
-
-    if machine is None:
-        absent = say("machine.from_runs")
-        fact("gpu", environment.gpu_name or say("setting.no_gpu"), absent)
-        fact("gpu_memory", format_bytes(environment.gpu_total_bytes), absent)
-        fact("link", environment.link or NOT_MEASURED, absent)
-        fact("cpu", environment.cpu, absent)
-        fact("host_memory", format_bytes(environment.host_memory_bytes), absent)
-        fact("platform", environment.platform, absent)
-        return Table.of(MACHINE, rows, say("tablenote.machine"))
-    if machine.gpu is None:
-        fact("gpu", say("setting.no_gpu"), translated(machine.gpu_absent_reason or ""))
-    else:
-        gpu = machine.gpu
-        fact("gpu", gpu.name, say("machine.driver", driver=gpu.driver or say("reproduce.not_known")))
-        fact(
-            "gpu_memory",
-            format_bytes(gpu.total_bytes),
-            say("machine.free", free=format_bytes(gpu.free_bytes)),
-        )
-        figures("gpu", gpu)
-    if machine.link is not None:
-        link = machine.link
-        loaded_as = _lanes(link.generation_loaded, link.width_loaded)
-        fact("link", loaded_as, say("machine.link_max", link=_lanes(link.generation_max, link.width_max)))
-        figures("link", link)
-    cpu, memory = machine.cpu, machine.memory
-    fact(
-        "cpu",
-        cpu.name,
-        say(
-            "machine.cores", usable=cpu.cores_usable, total=cpu.cores_total, basis=translated(cpu.cores_basis)
-        ),
-    )
-    figures("cpu", cpu)
-    fact("host_memory", format_bytes(memory.total_bytes), translated(memory.total_basis))
-    figures("memory", memory)
-    fact("platform", machine.platform, say("machine.probed", time=_minute(machine.time)))
-    return Table.of(MACHINE, rows, say("tablenote.machine"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,7 +199,7 @@ def commands(loaded: Loaded) -> tuple[str, ...]:
     )
 
 
-def not_measured(loaded: Loaded, all_: Measurements) -> tuple[str, ...]:
+def not_measured(all_: Measurements) -> tuple[str, ...]:
     """What these runs leave open: fields without a value, methods without a run, and what no run shows."""
     fields = {
         "gpu_memory": lambda run: run.summary.peak_gpu_allocated_bytes,
@@ -320,20 +245,9 @@ def _parameters(runs: Sequence[Run]) -> str:
     return say("setting.parameters", count=large_count(max(counts), digits))
 
 
-def _lanes(generation: int | None, width: int | None) -> str:
-    if generation is None or width is None:
-        return NOT_MEASURED
-    return say("machine.lanes", generation=generation, width=width)
-
-
-def _minute(time: str) -> str:
-    """`2026-11-21 10:11 UTC` of an ISO 8601 time in UTC; anything else as it is."""
-    return f"{time[:10]} {time[11:16]} UTC" if len(time) >= 16 and time[10] == "T" else time
-
-
 def period(times: Sequence[str]) -> str:
     """From the first to the last of times in ISO 8601."""
-    first, last = _minute(min(times)), _minute(max(times))
+    first, last = minute(min(times)), minute(max(times))
     return span(first, last) if first != last else quantity(first)
 
 

@@ -37,6 +37,7 @@ from reports.pages.phrases import disclosures, phrases
 from reports.pages.risks import gates_table, risks_table
 from reports.pages.upgrades import what_upgrades_bring
 from reports.tables.criteria import why_table
+from reports.tables.machine import machine_facts
 from reports.tables.methods import memory_table, speed_table
 from reports.tables.predictions import plan_notes, prediction_table
 
@@ -64,12 +65,12 @@ def document(
         "phrases": _phrases(loaded, verdict, all_),
         "why": _sheets(criteria=why_table(verdict)),
         "machine": _sheets(
-            machine=provenance.machine_facts(loaded.machine, provenance.best_known(loaded.runs).environment)
+            machine=machine_facts(loaded.machine, provenance.best_known(loaded.runs).environment)
         ),
         "failures": _failures(loaded),
         "reproduce": _reproduce(loaded, verdict),
         "disclosure": _bullets(disclosures(loaded, all_)),
-        "open": _bullets(provenance.not_measured(loaded, all_)),
+        "open": _bullets(provenance.not_measured(all_)),
         "reading": _bullets(tuple(say(f"reading.{key}", factor=DISTURBED_FACTOR) for key in READING)),
     }
     return Document(

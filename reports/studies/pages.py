@@ -32,7 +32,7 @@ from reports.pages.document import (
     Sheet,
     Tile,
 )
-from reports.provenance import data_name, machine_facts, period
+from reports.provenance import data_name, period
 from reports.studies.answer import (
     answer_first,
     budget_text,
@@ -53,6 +53,7 @@ from reports.studies.tables import (
     trial_columns,
     without_result,
 )
+from reports.tables.machine import machine_facts
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ from reports.findings.breakdown import busy_table, overlap_table
 from reports.format import Table
 from reports.measured.measurements import Measurements, group
 from reports.messages import messages
+from reports.tables import machine
 from reports.tables.methods import MEMORY, SPEED, memory_table, speed_table
 from reports.tables.predictions import PREDICTION
 from run_records import cpu_runs, make_breakdown, make_run, make_sweep
@@ -37,7 +38,7 @@ def row_of(table: Table | None, method: str) -> dict[str, str]:
         ("column", PREDICTION),
         ("column", breakdown.BUSY),
         ("column", breakdown.OVERLAP),
-        ("column", provenance.MACHINE),
+        ("column", machine.MACHINE),
         ("column", provenance.FAILURES),
         ("index", index.METHODS),
         ("index", index.GENERATIONS),
