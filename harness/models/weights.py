@@ -100,21 +100,41 @@ def checkpoint_weights(
     The checkpoint stays in host memory, in its stored precision, as long as the blueprint lives. Raises
     `UserError` for one that is not of this model.
     """
-    body = model.base_model_prefix
     _refuse_other_files(source, shape.head, model)
+    loaded_model, info = _loaded(source, config, shape.head, values, model.base_model_prefix)
+    new = _new_names(source, shape, model, info)
+    loaded = {
+        name: parameter.detach()
+        for name, parameter in loaded_model.named_parameters(remove_duplicate=False)
+        if name not in new
+    }
+
+    def fill(name: str, out: Tensor) -> None:
+        if name in loaded:
+            out.copy_(loaded[name])
+        else:
+            random(name, out)
+
+    return fill
+
+
+def _loaded(
+    source: ModelSource, config: PretrainedConfig, head: Head, values: Mapping[str, Any], body: str
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The checkpoint as transformers loads it, and what that tells of names. Raises `UserError`."""
     config = copy.deepcopy(config)
     # A head that is to be untied begins as a copy of the embedding: load it tied.
     config.tie_word_embeddings = values.get("tie_word_embeddings", type(config)().tie_word_embeddings)
     try:
         with _quiet_transformers():
-            loaded_model, info = auto_class(shape.head).from_pretrained(
+            found: tuple[PreTrainedModel, Mapping[str, Any]] = auto_class(head).from_pretrained(
                 str(local_folder(source) or source.name),
                 config=config,
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they are looked at below
-                key_mapping=_renamed(shape.head, body),
+                ignore_mismatched_sizes=True,  # `_new_names` looks at them
+                key_mapping=_renamed(head, body),
                 output_loading_info=True,
             )
     except (*CONFIGURATION_FAILURES, OSError, SafetensorError):
@@ -123,6 +143,15 @@ def checkpoint_weights(
             f"its weights cannot be loaded ({what_is_wrong(source)})",
             "download it again, or convert it to safetensors",
         ) from None
+    return found
+
+
+def _new_names(
+    source: ModelSource, shape: ModelShape, model: PreTrainedModel, info: Mapping[str, Any]
+) -> set[str]:
+    """Of `model`'s parameters those that the checkpoint does not have. Raises `UserError` where these are
+    more than a head for classes or answers, or where the checkpoint has what the model has no place for."""
+    body = model.base_model_prefix
     _refuse_other_shapes(source, shape.head, body, info["mismatched_keys"])
     refuse_without_place(source, model, sorted(info["unexpected_keys"]))
     new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
@@ -137,19 +166,7 @@ def checkpoint_weights(
             f"its checkpoint lacks {len(lost)} weights, {lost[0]} first",
             "use a checkpoint of this architecture, or add --random-weights",
         )
-    loaded = {
-        name: parameter.detach()
-        for name, parameter in loaded_model.named_parameters(remove_duplicate=False)
-        if name not in new
-    }
-
-    def fill(name: str, out: Tensor) -> None:
-        if name in loaded:
-            out.copy_(loaded[name])
-        else:
-            random(name, out)
-
-    return fill
+    return new
 
 
 def refuse_without_place(source: ModelSource, model: PreTrainedModel, names: Iterable[str]) -> None:

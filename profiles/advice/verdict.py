@@ -79,28 +79,11 @@ def verdict_of(
                 words.WITHOUT_GRADIENTS, zeroth, zeroth_ties, forecasts, asked["zeroth"], of_job=of_job
             )
             sentences.append(known_of_zeroth_order(shape.parameters))
-    if fitting and shape.num_experts:
-        sentences.append(
-            f"{shape.experts_per_token} of {shape.num_experts} experts are counted for each token. "
-            "No mixture of experts was measured: take these times and what fits for a guess, and compare on "
-            "the machine. "
-            "Adapters, 4-bit weights and subspaces are of the matrices beside the experts."
-        )
-    if fitting and shape.is_recurrent:
-        sentences.append(
-            "Blocks of this model carry a state from token to token, which is not counted and was not "
-            "measured: transformers takes many times as long where kernels for it are not installed. "
-            "Compare on the machine."
-        )
+    if fitting:
+        sentences += _of_model(shape)
     tied = [*(first[:1] if ties else []), *ties, *(zeroth[:1] if zeroth_ties else []), *zeroth_ties]
     if tied:
-        sentences.append(f"To measure what is tied: {compare} --engines {','.join(tied)}")
-        steps_s = [plan.prediction.step_s or 0.0 for plan in fitting if plan.engine in tied]
-        if (total_s := compare_steps * sum(steps_s)) > LONG_S:
-            sentences.append(
-                f"By these plans that takes {words.duration(total_s)}: --rounds 1 a third of it, fewer "
-                "--steps less."
-            )
+        sentences += _to_measure(tied, fitting, compare, compare_steps)
     return PlanVerdict(
         first_order=tuple(first),
         zeroth_order=tuple(zeroth),
@@ -148,6 +131,37 @@ def _of_kind(
     if timeless:
         verb = "fits" if len(timeless) == 1 else "fit"
         said.append(f"{words.names(timeless)} {verb} too, without a predicted time.")
+    return said
+
+
+def _of_model(shape: ModelShape) -> list[str]:
+    """What of a model no plan counts, or nobody has measured."""
+    said = []
+    if shape.num_experts:
+        said.append(
+            f"{shape.experts_per_token} of {shape.num_experts} experts are counted for each token. "
+            "No mixture of experts was measured: take these times and what fits for a guess, and compare on "
+            "the machine. "
+            "Adapters, 4-bit weights and subspaces are of the matrices beside the experts."
+        )
+    if shape.is_recurrent:
+        said.append(
+            "Blocks of this model carry a state from token to token, which is not counted and was not "
+            "measured: transformers takes many times as long where kernels for it are not installed. "
+            "Compare on the machine."
+        )
+    return said
+
+
+def _to_measure(tied: Sequence[str], fitting: Sequence[Plan], compare: str, steps: int) -> list[str]:
+    """How those that are `tied` are told apart, in so many steps each, and what that takes if it is long."""
+    said = [f"To measure what is tied: {compare} --engines {','.join(tied)}"]
+    steps_s = [plan.prediction.step_s or 0.0 for plan in fitting if plan.engine in tied]
+    if (total_s := steps * sum(steps_s)) > LONG_S:
+        said.append(
+            f"By these plans that takes {words.duration(total_s)}: --rounds 1 a third of it, fewer "
+            "--steps less."
+        )
     return said
 
 
