@@ -99,12 +99,18 @@ def _phrases(language: Language) -> tuple[_Phrase, ...]:
 
 
 def _pattern(english: str) -> str:
-    """Of a sentence with `{names}`: each stands for some text, or for a number if it begins with `num_`."""
+    """Of a sentence with `{names}`: each stands for some text, or for a number if it begins with `num_`, or
+    is `parameters`."""
     parts = re.split(r"\{(\w+)\}", english)
     return "".join(
-        f"(?P<{part}>{_NUMBER if part.startswith('num_') else '.+?'})" if place % 2 else re.escape(part)
-        for place, part in enumerate(parts)
+        f"(?P<{part}>{_place(part)})" if place % 2 else re.escape(part) for place, part in enumerate(parts)
     )
+
+
+def _place(name: str) -> str:
+    if name == "parameters":
+        return f"{_NUMBER}(?: [BMK])?"
+    return _NUMBER if name.startswith("num_") else ".+?"
 
 
 def _translated_value(name: str, value: str) -> str:

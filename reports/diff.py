@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.records.columns import BYTES, SECONDS, CellValue, Column
 from harness.records.stats import Rounds, faster_or_slower
+from profiles.language import enumerated
 from reports.criteria import default_criteria
 from reports.decide import Verdict, state_word
 from reports.format import TIMES, Table
@@ -143,7 +144,7 @@ def _sentences(before: Verdict, after: Verdict) -> list[str]:
 
 
 def _unlike(names: Sequence[str]) -> list[str]:
-    return [say("diff.unlike", names=say("setting.held_join").join(names))] if names else []
+    return [say("diff.unlike", names=enumerated(names))] if names else []
 
 
 def as_lines(sentences: Sequence[str], table: Table) -> str:

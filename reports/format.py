@@ -11,7 +11,7 @@ from engines import EXTERNAL_PREFIX, is_external
 from harness.records.columns import CellValue, Column, RowT, Told, Unit, table_cells
 from harness.records.job import Job, ModelSource
 from harness.records.stats import Spread
-from profiles.language import quantity
+from profiles.language import enumerated, quantity
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.criteria import Metric
 from reports.messages import say
@@ -198,9 +198,7 @@ class Table:
         if any(say("show.nothing") in row for row in cells):
             said.append(say("tablenote.nothing"))
         if empty:
-            names = say("setting.held_join").join(
-                say(f"column.{there[place].key}") for place in sorted(empty)
-            )
+            names = enumerated(say(f"column.{there[place].key}") for place in sorted(empty))
             said.append(say("tablenote.empty", columns=names))
         return cls(
             columns=tuple(say(f"column.{column.key}") for column in here),

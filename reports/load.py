@@ -145,7 +145,7 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
 def _unlike(job: Job, ran: Job) -> str:
     """What a job file says otherwise than the runs do; empty: nothing that `refuse_unlike` looks at."""
     own, theirs = (dict(_flat(adapter(Job).dump_python(each, mode="json"))) for each in (job, ran))
-    return ", ".join(
+    return "; ".join(
         f"{name.removeprefix('job.')} is {value} and was {theirs.get(name)}"
         for name, value in own.items()
         if value != theirs.get(name) and _must_be_alike(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from profiles.language import Language, filled, quantity, sentences, spoken
 
 
@@ -15,3 +17,8 @@ def say(key: str, /, **values: object) -> str:
     escape when rendering."""
     texts = {name: quantity(value) if isinstance(value, str) else value for name, value in values.items()}
     return filled(messages(spoken())[key], texts)
+
+
+def several_items(items: Iterable[str]) -> str:
+    """Items that may have commas of their own, one after the other as the language spoken writes them."""
+    return say("show.list").join(items)

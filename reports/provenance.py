@@ -16,7 +16,7 @@ from reports.decide import Verdict
 from reports.format import Table, counted, digits, method_flags, minute, model_title, span
 from reports.load import Loaded, engine_order
 from reports.measured.measurements import Measurements, typical
-from reports.messages import say
+from reports.messages import say, several_items
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
@@ -26,7 +26,7 @@ def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:
     gpu = say("setting.no_gpu")
     if environment.gpu_name is not None:
         parts = [environment.gpu_name, format_bytes(environment.gpu_total_bytes), environment.link]
-        gpu = ", ".join(part for part in parts if part and part != NOT_MEASURED)
+        gpu = enumerated(part for part in parts if part and part != NOT_MEASURED)
         if job.limits.gpus > 1:
             gpu = say("setting.gpus", count=job.limits.gpus, gpu=gpu)
     held = _held(run)
@@ -75,7 +75,7 @@ def _recomputed(loaded: Loaded) -> str:
         return say("setting.checkpointing_off")
     done = {run.engine: count for run in loaded.runs if (count := _checkpointed_blocks(run)) is not None}
     told = [say("setting.recomputed", engine=each, blocks=_blocks(count)) for each, count in done.items()]
-    methods = say("setting.recomputed_by", methods=say("show.list").join(told)) if told else ""
+    methods = say("setting.recomputed_by", methods=several_items(told)) if told else ""
     return say("setting.checkpointing_on", methods=methods)
 
 
@@ -158,8 +158,12 @@ def provenance(loaded: Loaded, verdict: Verdict) -> tuple[tuple[str, str], ...]:
     state = "dirty" if True in dirty else "clean" if dirty == {False} else "unknown"
     facts = {
         "program": f"lspzo-bench {_several(run.environment.program for run in runs)}",
-        "commit": f"{_several(run.environment.commit for run in runs)} ({say(f'reproduce.{state}')})",
-        "versions": ", ".join(f"{name} {version or missing}" for name, version in versions.items()),
+        "commit": say(
+            "reproduce.commit_state",
+            commit=_several(run.environment.commit for run in runs),
+            state=say(f"reproduce.{state}"),
+        ),
+        "versions": enumerated(f"{name} {version or missing}" for name, version in versions.items()),
         "driver": _several(run.environment.gpu_driver for run in runs),
         "platform": _several(run.environment.platform for run in runs),
         "seeds": _several(str(run.job.get("seed", 0)) for run in runs),
@@ -227,7 +231,7 @@ def _held(run: Run) -> str:
     if run.emulation is not None:
         threads = run.emulation.threads_held or run.emulation.threads
         parts.append(say("setting.held_emulated", threads=threads, machine=run.environment.emulated))
-    return say("setting.held_join").join(parts)
+    return enumerated(parts)
 
 
 _TOLD = {"random": "setting.random_data", "builtin": "setting.builtin_data"}
@@ -252,7 +256,7 @@ def period(times: Sequence[str]) -> str:
 
 
 def _several(values: Iterable[str | None], missing: str = "reproduce.not_known") -> str:
-    return ", ".join(sorted({value if value is not None else say(missing) for value in values}))
+    return enumerated(sorted({value if value is not None else say(missing) for value in values}))
 
 
 def best_known(runs: Sequence[Run]) -> Run:

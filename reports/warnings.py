@@ -22,7 +22,7 @@ from reports.judging.quality import learned
 from reports.judging.ranking import best_quality
 from reports.measured.measurements import Measurements, ends, is_emulated, largest, predicted
 from reports.measured.padding import padded_to
-from reports.messages import say
+from reports.messages import say, several_items
 
 FEW_RUNS = 5
 """Below this many runs per method, ranges are shown and called indicative."""
@@ -119,7 +119,7 @@ def _about_failures(all_: Measurements) -> str | None:
         for engine, rounds in sorted(all_.rounds.items())
         if rounds.ok and len(rounds.ok) < len(rounds.runs)
     ]
-    return say("warning.some_failed", items="; ".join(mixed)) if mixed else None
+    return say("warning.some_failed", items=several_items(mixed)) if mixed else None
 
 
 def _about_native_at_best(all_: Measurements) -> str | None:
@@ -170,7 +170,7 @@ def _about_worse(all_: Measurements) -> str | None:
         for engine, one in found.items()
         if one is not None and one.fell
     ]
-    return say("warning.worse", items="; ".join(fell)) if fell else None
+    return say("warning.worse", items=several_items(fell)) if fell else None
 
 
 def _about_guessing(all_: Measurements) -> str | None:
@@ -179,7 +179,7 @@ def _about_guessing(all_: Measurements) -> str | None:
     guessing = {engine: one for engine, one in found.items() if one is not None and one.is_guessing}
     if not guessing:
         return None
-    items = "; ".join(say("warning.item", engine=each, value=one.told) for each, one in guessing.items())
+    items = several_items(say("warning.item", engine=each, value=one.told) for each, one in guessing.items())
     return say("warning.guessing", majority=next(iter(guessing.values())).majority, items=items)
 
 
@@ -241,10 +241,12 @@ def _about_disturbed(all_: Measurements) -> str | None:
 
 def _about_held_clocks(runs: Sequence[Run]) -> str | None:
     held = [run for run in runs if run.disturbance is not None]
-    items = dict.fromkeys(f"{run.engine}: {translated(run.disturbance or '')}" for run in held)
+    items = dict.fromkeys(
+        say("warning.of_method", engine=run.engine, value=translated(run.disturbance or "")) for run in held
+    )
     if not items:
         return None
-    return say("warning.held", count=len(held), total=len(runs), items="; ".join(items))
+    return say("warning.held", count=len(held), total=len(runs), items=several_items(items))
 
 
 def _about_predictions(all_: Measurements) -> str | None:
@@ -259,7 +261,7 @@ def _about_predictions(all_: Measurements) -> str | None:
             range_ = span(format_seconds(low), format_seconds(high))
             measured = middle(step_s, format_seconds)
             items.append(say("warning.mispredicted_item", engine=engine, measured=measured, range=range_))
-    return say("warning.mispredicted", items="; ".join(items)) if items else None
+    return say("warning.mispredicted", items=several_items(items)) if items else None
 
 
 def _about_machine(runs: Sequence[Run], machine: Machine | None) -> str | None:
@@ -298,21 +300,23 @@ def _about_traces(runs: Sequence[Run]) -> str | None:
 
 def _about_approximations(runs: Sequence[Run]) -> str | None:
     items = {
-        f"{run.engine}: {translated(what)}"
+        say("warning.of_method", engine=run.engine, value=translated(what))
         for run in runs
         if (what := approximation(run.plan.settings)) is not None
     }
-    return say("warning.approximate", items="; ".join(sorted(items))) if items else None
+    return say("warning.approximate", items=several_items(sorted(items))) if items else None
 
 
 def _about_notes(runs: Sequence[Run]) -> str | None:
-    items = dict.fromkeys(f"{run.engine}: {note}" for run in runs for note in run.notes or ())
-    return say("warning.notes", items="; ".join(items)) if items else None
+    items = dict.fromkeys(
+        say("warning.of_method", engine=run.engine, value=note) for run in runs for note in run.notes or ()
+    )
+    return say("warning.notes", items=several_items(items)) if items else None
 
 
 def _about_surroundings(runs: Sequence[Run]) -> str | None:
     items = dict.fromkeys(translated(note) for run in runs for note in run.environment.notes or ())
-    return say("warning.surroundings", items="; ".join(items)) if items else None
+    return say("warning.surroundings", items=several_items(items)) if items else None
 
 
 def _about_emulation(runs: Sequence[Run]) -> str | None:
@@ -321,12 +325,12 @@ def _about_emulation(runs: Sequence[Run]) -> str | None:
         return None
     text = say("warning.emulated", names=enumerated(names))
     short = dict.fromkeys(
-        f"{run.engine}: {line}"
+        say("warning.of_method", engine=run.engine, value=line)
         for run in runs
         if run.emulation is not None
         for line in what_is_short(run.emulation)
     )
-    return f"{text} {say('warning.not_held', items='; '.join(short))}" if short else text
+    return f"{text} {say('warning.not_held', items=several_items(short))}" if short else text
 
 
 def _about_commit(runs: Sequence[Run]) -> str | None:

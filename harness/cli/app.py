@@ -180,8 +180,9 @@ def fold_help() -> None:
         module.Table = Folding  # type: ignore[attr-defined]
 
 
-LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree")
-"""Loggers that warn of libraries' own parts as transformers imports torchao: of none that is used here."""
+LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")
+"""Loggers that warn of libraries' own parts as transformers imports torchao, or PEFT bitsandbytes: of none
+that is used here."""
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from harness.records.governance import Place
 from harness.records.run import Run
+from profiles.language import enumerated
 from profiles.units import format_bytes
-from reports.messages import say
+from reports.messages import say, several_items
 
 TO_TICK = ("disk", "readers", "weights_use", "data_use", "delete")
 """What no program sees."""
@@ -35,18 +36,21 @@ def governance_lines(runs: Sequence[Run]) -> tuple[GovernanceLine, ...]:
         if text not in seen.setdefault(about, []):
             seen[about].append(text)
 
+    without_logs = all(run.end_state in ("ok", "not_available") for run in runs)
     for each in facts:
         for place in each.places:
+            if place.what == "logs" and without_logs:
+                continue  # of runs that failed, and none did
             note(place.what, _lies(place))
         swap = say("governance.swap_on", size=format_bytes(each.swap_bytes)) if each.swap_bytes else None
         note("swap", swap or say("governance.swap_off"))
         dumps = "governance.core_dumps_on" if each.core_dumps else "governance.core_dumps_off"
         note("core_dumps", say(dumps))
-        hosts = {"hosts": ", ".join(each.contacted or ())} if each.hub == "asked" else {}
+        hosts = {"hosts": enumerated(each.contacted or ())} if each.hub == "asked" else {}
         note("hub", say(f"governance.hub_{each.hub.replace(' ', '_')}", **hosts))
         note("sent", say("governance.sent_nothing" if each.sent == "nothing" else "governance.sent_names"))
     known = [
-        GovernanceLine(about=say(f"governance.{about}"), text="; ".join(texts), seen=True)
+        GovernanceLine(about=say(f"governance.{about}"), text=several_items(texts), seen=True)
         for about, texts in seen.items()
     ]
     asked = [

@@ -9,7 +9,7 @@ from harness.host_speed import MethodAtSpeeds, unlike_speeds
 from harness.records.run import Run
 from profiles.machine import Machine
 from profiles.units import format_nanoseconds, format_seconds
-from reports.messages import say
+from reports.messages import say, several_items
 
 
 def about_speeds(runs: Sequence[Run], machine: Machine | None, shape: ModelShape | None) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def about_speeds(runs: Sequence[Run], machine: Machine | None, shape: ModelShape
         "warning.unlike_speeds",
         quick=format_seconds(found.quick_s),
         slow=format_seconds(found.slow_s),
-        items="; ".join(_told(one) for one in found.waiting),
+        items=several_items(_told(one) for one in found.waiting),
     )
     order = (
         say("warning.same_order")

@@ -9,6 +9,7 @@ from typing import get_args
 from harness.records.job import make_job
 from harness.records.run import EndState, Predicted, Run
 from harness.records.stats import Rounds, aggregate, over_runs
+from profiles.language import enumerated
 from profiles.machine import Machine
 from reports.criteria import Criteria
 from reports.load import engine_order
@@ -63,7 +64,7 @@ def group(
 def ends(runs: Sequence[Run]) -> str:
     """`1 ok, 2 out of GPU memory`: how many runs ended how."""
     states = [run.end_state for run in runs]
-    return ", ".join(
+    return enumerated(
         say("count.ended", count=states.count(state), end=say(f"end.{state}"))
         for state in get_args(EndState)
         if state in states

@@ -10,7 +10,7 @@ from typing import Literal
 from harness.records.memory_limits import gpu_limit_bytes, host_limit_bytes
 from harness.records.run import Run
 from harness.records.stats import outer_deciles, over_runs
-from profiles.language import quantity
+from profiles.language import enumerated, quantity
 from profiles.units import format_bytes, format_seconds
 from reports.charts.axes import Axis, bytes_axis, seconds_axis
 from reports.charts.bars import BarGroup, BarPart, BarRow, bars, grouped_bars
@@ -20,7 +20,7 @@ from reports.format import loss, middle, percent
 from reports.judging import stated
 from reports.judging.quality import accuracy, learned
 from reports.measured.measurements import Measurements, ends, is_emulated, predicted
-from reports.messages import say
+from reports.messages import say, several_items
 from reports.pages.document import Drawing
 
 
@@ -137,7 +137,7 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
             groups.append(
                 BarGroup(
                     label=engine,
-                    text="; ".join(text),
+                    text=several_items(text),
                     rows=tuple(rows),
                     whole=step_s.median if step_s else None,
                     floor=floor_s,
@@ -148,8 +148,9 @@ def _busy_chart(engines: Sequence[str], all_: Measurements) -> str | None:
         return None
     return grouped_bars(
         say("chart.busy"),
-        "; ".join(
-            f"{group.label}: {', '.join(f'{row.label} {row.text}' for row in group.rows)}" for group in groups
+        several_items(
+            f"{group.label}: {enumerated(f'{row.label} {row.text}' for row in group.rows)}"
+            for group in groups
         ),
         groups,
         lambda top: seconds_axis(say("chart.busy_axis"), top),
@@ -196,7 +197,7 @@ def _bars(
         return None
     return bars(
         say(f"chart.{key}"),
-        "; ".join(f"{row.label}: {row.text or row.missing}" for row in rows),
+        several_items(f"{row.label}: {row.text or row.missing}" for row in rows),
         rows,
         lambda top: axis(say(f"chart.{key}_axis"), top),
         limit=(limit, say("chart.limit", limit=format_bytes(limit))) if limit else None,
@@ -225,7 +226,7 @@ def _quality_chart(engines: Sequence[str], all_: Measurements) -> str | None:
     show = accuracy if kind == "accuracy" else loss
     return lines(
         say("chart.quality"),
-        "; ".join(
+        several_items(
             say(
                 "chart.after",
                 engine=one.label,
@@ -267,7 +268,7 @@ def _loss_chart(engines: Sequence[str], all_: Measurements) -> str | None:
     ends_at = [(one.label, *one.points[-1]) for one in series]
     return lines(
         say("chart.loss"),
-        "; ".join(
+        several_items(
             say("chart.after", engine=engine, loss=loss(value), time=format_seconds(time))
             for engine, time, value in ends_at
         ),

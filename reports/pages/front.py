@@ -12,7 +12,7 @@ from harness.records.memory_limits import (
     imposed_host_bytes,
 )
 from harness.records.stats import Rounds, disturbed, ratio
-from profiles.language import translated
+from profiles.language import enumerated, translated
 from profiles.units import format_bytes, format_seconds
 from reports.criteria import Criteria
 from reports.decide import Verdict, state_text, state_word
@@ -24,7 +24,7 @@ from reports.load import Loaded
 from reports.measured.measurements import Measurements, is_emulated
 from reports.measured.metrics import find
 from reports.measured.padding import padded_to
-from reports.messages import say
+from reports.messages import say, several_items
 from reports.pages.document import AskedRow, FrontPage, NamedText, Tile
 from reports.provenance import setting
 from reports.question import Prices
@@ -93,9 +93,7 @@ def _asides(verdict: Verdict, all_: Measurements) -> tuple[str, ...]:
             )
             for one in verdict.methods
         ]
-        found.append(
-            say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(others)])
-        )
+        found.append(say("show.sentences").join([say("verdict.other_methods"), several_items(others)]))
     return (*found, *_of_less_training(verdict, all_))
 
 
@@ -264,7 +262,7 @@ def _memory_text(engine: str, all_: Measurements) -> str:
     if host.value is not None:
         share = percent(host.value / host_limit_bytes(run))
         parts.append(say("front.host_share", value=stated.memory_text(host), share=share))
-    return say("setting.held_join").join(parts)
+    return enumerated(parts)
 
 
 def _confidence(rounds: Rounds) -> str:

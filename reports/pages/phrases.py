@@ -8,6 +8,7 @@ from engines import ENGINES, YARDSTICK
 from harness.records.comparison import beside_native
 from harness.records.memory_limits import gpu_limit_bytes
 from harness.records.run import Run
+from profiles.language import enumerated
 from profiles.units import format_bytes
 from reports.decide import Verdict
 from reports.findings.exactness import compare_with_reference
@@ -24,7 +25,7 @@ def phrases(loaded: Loaded, verdict: Verdict, all_: Measurements) -> tuple[str, 
     engine = verdict.method
     if engine is None or not all_.of(engine).ok:
         return ()
-    evidence = ", ".join(run.id for run in all_.of(engine).ok)
+    evidence = enumerated(run.id for run in all_.of(engine).ok)
     return tuple(
         say("phrase.with_evidence", text=text, runs=evidence) for text in _own_phrases(loaded, engine, all_)
     )
@@ -110,7 +111,7 @@ def _disclosure(loaded: Loaded, engine: str, all_: Measurements) -> str:
         commit=(environment.commit or "?")[:12],
         state=say(f"reproduce.{_clean(environment.dirty)}"),
         time=span(run.time[:10], rounds.ok[-1].time[:10]),
-        records=", ".join(f"runs/{one.id}.json" for one in rounds.ok),
+        records=enumerated(f"runs/{one.id}.json" for one in rounds.ok),
     )
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from harness.records.columns import SECONDS, CellValue, Column, where_known
 from profiles.advice.what_if import StepsOn
-from profiles.language import translated
+from profiles.language import enumerated, translated
 from reports.format import TIMES, Table
 from reports.load import Loaded
 from reports.measured.measurements import Measurements
-from reports.messages import say
+from reports.messages import say, several_items
 
 SAME = 0.02
 """Of a time: a change below it is none."""
@@ -36,7 +36,7 @@ class OnThatMachine:
 
 
 def _newly(one: OnThatMachine) -> CellValue:
-    return ", ".join(one.now_fits) or None
+    return enumerated(one.now_fits) or None
 
 
 COLUMNS: tuple[Column[OnThatMachine], ...] = (
@@ -57,7 +57,7 @@ def what_upgrades_bring(loaded: Loaded, engine: str, all_: Measurements) -> Tabl
     steps = 1.0 if all_.steps is None else all_.steps
     tried = [_beside(now, each, engine, steps) for each in then]
     changing = [one for one in tried if one.changes]
-    idle = say("show.list").join(one.name for one in tried if not one.changes)
+    idle = several_items(one.name for one in tried if not one.changes)
     if not changing:
         return say("upgrade.none", engine=engine, items=idle)
     what = say("upgrade.per_step" if all_.steps is None else "upgrade.whole_job")

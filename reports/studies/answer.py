@@ -14,12 +14,12 @@ from collections.abc import Iterator
 
 from harness.quality.judge import LEAST_SEEDS, MethodResult, SeedSpread
 from harness.records.metrics import HIGHER_IS_BETTER
-from profiles.language import translated
+from profiles.language import enumerated, translated
 from profiles.units import NOT_MEASURED, format_seconds
 from reports.decide import MethodState, Verdict
 from reports.format import digits, span
 from reports.judging.ranking import State
-from reports.messages import say
+from reports.messages import say, several_items
 from reports.studies.read import LoadedStudy
 
 _SHARES = ("accuracy", "f1", "exact_match", "answer_f1")
@@ -218,10 +218,10 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
         yield say("study.warn_majority", value=metric_text(result.metric, majority))
     edges = [each.name for each in result.methods if each.rate_at_edge]
     if edges:
-        yield say("study.warn_edge", engines=say("show.list").join(edges))
+        yield say("study.warn_edge", engines=several_items(edges))
     early = list(_tested_early(study))
     if early:
-        yield say("study.warn_early", trials=say("show.list").join(early))
+        yield say("study.warn_early", trials=several_items(early))
     failed = [each for each in study.trials if each.end_state != "ok"]
     if failed:
         yield say("study.warn_failed", count=len(failed))
@@ -233,10 +233,10 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
         each.name for each in result.methods if each.beside_best == "undecided" and each.test is not None
     ]
     if unlike:
-        yield say("study.warn_undecided", engines=say("show.list").join(unlike))
+        yield say("study.warn_undecided", engines=several_items(unlike))
     cores = sorted({each.environment.cores_usable for each in study.trials})
     if len(cores) > 1:
-        yield say("study.warn_cores", cores=", ".join(str(each) for each in cores))
+        yield say("study.warn_cores", cores=enumerated(str(each) for each in cores))
     yield from _surroundings(study)
     dirty = {each.environment.dirty for each in study.trials}
     if dirty != {False}:

@@ -13,7 +13,7 @@ from profiles.units import format_seconds
 from reports.charts.axes import Axis, seconds_axis
 from reports.charts.bars import BarPart, BarRow, bars
 from reports.charts.lines import LevelLine, Line, lines
-from reports.messages import say
+from reports.messages import say, several_items
 from reports.pages.document import Drawing
 from reports.studies.answer import metric_text, reached_text
 from reports.studies.read import LoadedStudy
@@ -45,7 +45,7 @@ def quality_chart(study: LoadedStudy, methods: Sequence[MethodResult]) -> Drawin
     is_share = metric_text(metric, 0.5).endswith("%")
     svg = lines(
         say("chart.study"),
-        "; ".join(
+        several_items(
             say(
                 "study.curve_told", engine=each.name, reached=reached_text(each),
                 value=metric_text(metric, each.development.median),
@@ -118,7 +118,7 @@ def target_chart(methods: Sequence[MethodResult]) -> Drawing | None:
     title = say("chart.target")
     svg = bars(
         title,
-        "; ".join(f"{row.label}: {row.text or row.missing}" for row in rows),
+        several_items(f"{row.label}: {row.text or row.missing}" for row in rows),
         rows,
         lambda top: seconds_axis(say("chart.quality_axis"), top),
         logarithmic=say("chart.logarithmic"),

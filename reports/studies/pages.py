@@ -12,12 +12,12 @@ from harness.records.columns import Column
 from harness.records.job import Job
 from harness.records.run import Environment
 from profiles.documents import adapter
-from profiles.language import quantity, translated
+from profiles.language import enumerated, quantity, translated
 from profiles.units import NOT_MEASURED, format_bytes, format_seconds
 from reports.decide import Judgement, Verdict, state_text, state_word
 from reports.format import Table, model_title
 from reports.judging.ranking import State
-from reports.messages import say
+from reports.messages import say, several_items
 from reports.pages.document import (
     AskedRow,
     Block,
@@ -132,9 +132,7 @@ def _front(study: LoadedStudy, verdict: Verdict, rows: Sequence[StudiedMethod]) 
     if verdict.settings:
         asides.append(say("verdict.settings", settings=verdict.settings))
     if len(others) > 1:
-        asides.append(
-            say("show.sentences").join([say("verdict.other_methods"), say("show.list").join(others)])
-        )
+        asides.append(say("show.sentences").join([say("verdict.other_methods"), several_items(others)]))
     parts = [(say("front.purpose"), _purpose(study)), (say("front.conditions"), _conditions(study))]
     if told is not None:
         parts.append((say("front.effect"), _effect(told)))
@@ -162,7 +160,7 @@ def _conditions(study: LoadedStudy) -> tuple[NamedText, ...]:
     plan, environment = study.plan, _environment(study)
     job = plan.job
     weights = "random_weights" if job.model.random_weights else "checkpoint"
-    sizes = say("setting.held_join").join(
+    sizes = enumerated(
         say(f"study.{name}_rows", count=f"{count:,}")
         for name, count in (
             ("train", plan.sizes.train), ("development", plan.sizes.development), ("test", plan.sizes.test)
@@ -222,7 +220,7 @@ def _effect(one: StudiedMethod) -> tuple[NamedText, ...]:
     return (
         (say("study.target_time"), reached_text(result)),
         (say("front.quality"), quality),
-        (say("front.memory"), say("setting.held_join").join(memory) or NOT_MEASURED),
+        (say("front.memory"), enumerated(memory) or NOT_MEASURED),
         (
             say("study.search_label"),
             say(
@@ -270,7 +268,7 @@ def _tiles(one: StudiedMethod) -> tuple[Tile, ...]:
 
 
 def _seeds(times: Iterable[str]) -> str:
-    return say("study.each_seed", times=say("show.list").join(times) or say("study.not_reached"))
+    return say("study.each_seed", times=several_items(times) or say("study.not_reached"))
 
 
 _OUTCOMES: Mapping[State, Judgement] = {
@@ -312,15 +310,19 @@ def _reproduce(study: LoadedStudy) -> list[Block]:
                 (say("reproduce.program"), f"lspzo-bench {environment.program}"),
                 (
                     say("reproduce.commit"),
-                    f"{environment.commit or missing} ({say(f'reproduce.{state}')})",
+                    say(
+                        "reproduce.commit_state",
+                        commit=environment.commit or missing,
+                        state=say(f"reproduce.{state}"),
+                    ),
                 ),
                 (
                     say("reproduce.versions"),
-                    ", ".join(f"{name} {version or missing}" for name, version in versions.items()),
+                    enumerated(f"{name} {version or missing}" for name, version in versions.items()),
                 ),
                 (say("reproduce.driver"), environment.gpu_driver or missing),
                 (say("reproduce.platform"), environment.platform),
-                (say("reproduce.seeds"), ", ".join(map(str, study.plan.seeds))),
+                (say("reproduce.seeds"), enumerated(map(str, study.plan.seeds))),
                 (say("reproduce.runs"), period([each.time for each in study.trials])),
             )
         ),

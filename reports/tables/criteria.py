@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.records.columns import Column
 from harness.records.memory_limits import reserves_known
-from profiles.language import quantity, translated
+from profiles.language import enumerated, quantity, translated
 from reports.decide import JudgedCriterion, Verdict, asked, measured_value
 from reports.format import (
     Table,
@@ -55,14 +55,14 @@ def _criterion_cells(row: JudgedCriterion, all_: Measurements) -> tuple[str, ...
         measured,
         expected,
         say(f"outcome.{row.outcome.replace(' ', '_')}"),
-        ", ".join(row.evidence) or say("tile.none"),
+        enumerated(row.evidence) or say("tile.none"),
     )
 
 
 WHY: tuple[Column[JudgedCriterion], ...] = (
     Column("criterion", lambda row: row.id),
     Column("why", lambda row: translated(row.why)),
-    Column("evidence", lambda row: ", ".join(row.evidence) or say("tile.none")),
+    Column("evidence", lambda row: enumerated(row.evidence) or say("tile.none")),
 )
 
 

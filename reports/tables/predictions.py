@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from harness.records.columns import BYTES, SECONDS, CellValue, Column, Unit
 from harness.records.run import Run
 from harness.records.stats import Rounds
-from profiles.language import translated
+from profiles.language import enumerated, translated
 from profiles.planning.plan import Plan, Prediction
 from profiles.units import format_seconds
 from reports.format import (
@@ -24,7 +24,7 @@ from reports.measured.measurements import (
     largest,
     predicted,
 )
-from reports.messages import say
+from reports.messages import say, several_items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,7 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
         say(
             "plan.note",
             engine=plan.engine,
-            settings=", ".join(f"{key}={value}" for key, value in sorted(plan.settings.items()))
+            settings=enumerated(f"{key}={value}" for key, value in sorted(plan.settings.items()))
             or say("plan.defaults"),
             bottleneck=translated(plan.prediction.bottleneck or "") or say("plan.no_bottleneck"),
             basis=translated(plan.prediction.basis.rstrip(".")),
@@ -121,4 +121,4 @@ def plan_notes(loaded: Loaded) -> tuple[str, ...]:
 
 
 def _reasons(plan: Plan) -> str:
-    return say("show.list").join(translated(reason) for reason in plan.reasons)
+    return several_items(translated(reason) for reason in plan.reasons)

@@ -16,6 +16,7 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 from harness.contacts import contacted, contacts_watched
 from harness.records.governance import Governance, Place
 from harness.records.job import DataSource, ModelSource
+from harness.records.run import EndState
 from harness.runs.governance_facts import governance_facts
 from harness.runs.sweep import run_sweep
 from reports.findings.governance import TO_TICK, governance_lines
@@ -51,6 +52,15 @@ def test_where_runs_differ_each_fact_is_told() -> None:
     (swap,) = (line for line in governance_lines(runs) if line.about == "Swap")
     assert swap.text.startswith("on, ")
     assert swap.text.endswith("; none")
+
+
+@pytest.mark.parametrize(("end", "told"), [("ok", False), ("not_available", False), ("crash", True)])
+def test_logs_of_failed_runs_are_told_where_one_failed(end: EndState, told: bool) -> None:
+    """A folder of logs was on the list, with its permissions, where nothing had written one."""
+    place = Place(what="logs", where="results", name="logs/", mode="0755")
+    seen = replace(SEEN, places=(*SEEN.places, place))
+    runs = [replace(make_run(round=i), governance=seen, end_state=each) for i, each in enumerate(("ok", end))]
+    assert ("Logs of failed runs" in [line.about for line in governance_lines(runs)]) is told
 
 
 def test_records_of_before_have_no_checklist(tmp_path: Path) -> None:

@@ -75,6 +75,9 @@ def test_the_same_numbers_in_both(folder: Path) -> None:
     for sentence in OF_TEST_RECORDS:
         told = told.replace(sentence, "")
     assert ENGLISH.search(told) is None, told
+    # Lists have the commas of the language, and brackets around its words are its own.
+    latin = re.compile(r"[ぁ-んァ-ン一-龥\uff09][,;] |\([^)]*[ぁ-んァ-ン一-龥][^)]*\)")
+    assert [line for line in told.splitlines() if latin.search(line)] == []
 
 
 def kept_sentences() -> set[str]:
