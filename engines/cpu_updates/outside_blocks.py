@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from engines.cpu_updates.block_state import BlockStates, GradientBuffers
+from engines.cpu_updates.block_state import BlockStates
+from engines.cpu_updates.gradient_buffers import GradientBuffers
 from engines.cpu_updates.update_dispatch import UpdateDispatch
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.model.flat_layout import BlockLayout

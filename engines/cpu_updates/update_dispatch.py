@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.block_state import BlockChunk, BlockStates, GradientBuffers
+from engines.cpu_updates.block_state import BlockChunk, BlockStates
 from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.gradient_buffers import GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks

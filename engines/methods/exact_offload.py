@@ -95,9 +95,10 @@ from torch import Tensor, nn
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.exact_offload import gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
-from engines.cpu_updates.block_state import BlockStates, GradientBuffers
+from engines.cpu_updates.block_state import BlockStates
 from engines.cpu_updates.chunks import StepShare
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
+from engines.cpu_updates.gradient_buffers import GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.gradient_slots import GradientSlots
 from engines.cpu_updates.outside_blocks import OutsideBlocks

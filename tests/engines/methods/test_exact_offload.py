@@ -24,7 +24,7 @@ from trained_engines import assert_same, late_by_chance, train, weights
 
 from engines.base import Context
 from engines.costs import exact_offload as costs
-from engines.cpu_updates import block_state
+from engines.cpu_updates import block_state, gradient_buffers
 from engines.cpu_updates.adamw import adamw, master
 from engines.errors import InfeasiblePlan, NonFiniteLoss, UserError
 from engines.methods.exact_offload import ExactOffload
@@ -902,7 +902,7 @@ class TestFaults:
     def test_a_worker_that_hangs_becomes_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         go_on = threading.Event()
         monkeypatch.setattr(block_state, "adamw", lambda *_, **__: go_on.wait(60))
-        monkeypatch.setattr(block_state, "WAIT_LIMIT_S", 0.05)
+        monkeypatch.setattr(gradient_buffers, "WAIT_LIMIT_S", 0.05)
         engine = ExactOffload(SETTINGS, context())
         try:
             engine.setup(tiny_blueprint("opt", num_blocks=BLOCKS))

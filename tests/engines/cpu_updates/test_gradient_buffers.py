@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engines.cpu_updates.block_state import GradientBuffers
+from engines.cpu_updates.gradient_buffers import GradientBuffers
 
 
 def test_only_a_place_that_is_not_free_is_waited_for() -> None:
