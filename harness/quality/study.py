@@ -35,7 +35,7 @@ from harness.quality.documents import (
 from harness.quality.judge import StudyResult, judge_study
 from harness.quality.trials import Launch, PreparedStudy, StudyTrials, curves, launched, one_process
 from harness.records.job import JOB_FILE, Job, save_job
-from harness.records.metrics import INSTALL, has_libraries
+from harness.records.metrics import INSTALL, OF_LIBRARIES, has_libraries, metrics_of_task
 from harness.records.shared import shared_machine
 from harness.resolve import resolve_shape
 from harness.runs.emulate import emulated
@@ -132,25 +132,17 @@ def check_metric(metric: str, job: Job, shape: ModelShape) -> None:
         raise UserError(
             "--data random", "nothing can be learnt from random tokens", "give a file, or builtin"
         )
-    examples = examples_of(job, load_config(job.model))
-    if shape.head == "question_answering":
-        known: tuple[str, ...] = ("exact_match", "answer_f1", "loss")
-    elif examples.is_regression:
-        known = ("pearson", "spearman", "loss")
-    elif shape.head == "causal_lm" and not job.data.template:
-        has_classes = bool(examples.labelled)
-        known = (
-            ("accuracy", "loss") if has_classes else ("perplexity_per_token", "perplexity_per_byte", "loss")
-        )
-    else:
-        known = ("accuracy", "f1", "matthews", "loss")
+    examples, by_words = examples_of(job, load_config(job.model)), bool(job.data.template)
+    has_classes = bool(examples.labelled)
+    known = metrics_of_task(
+        shape.head, is_regression=examples.is_regression, has_classes=has_classes, by_words=by_words
+    )
     if metric not in known:
-        is_labelled = shape.head == "causal_lm" and bool(examples.labelled)
-        hint = ", or use --template" if is_labelled and not job.data.template else ""
+        hint = ", or use --template" if shape.head == "causal_lm" and has_classes and not by_words else ""
         raise UserError(
             f"--target {metric}", "this task has no such metric", f"choose from: {', '.join(known)}{hint}"
         )
-    if metric in ("f1", "matthews", "pearson", "spearman") and not has_libraries():
+    if metric in OF_LIBRARIES and not has_libraries():
         raise UserError(f"--target {metric}", "needs scikit-learn and scipy", INSTALL)
 
 

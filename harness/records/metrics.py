@@ -32,10 +32,26 @@ HIGHER_IS_BETTER: Mapping[str, bool] = {
 }
 """Metrics that a checkpoint can be chosen by."""
 
+OF_LIBRARIES = ("f1", "matthews", "pearson", "spearman")
+"""Those that scikit-learn and scipy compute."""
+
 
 def has_libraries() -> bool:
     """Whether scikit-learn and scipy are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("sklearn", "scipy"))
+
+
+def metrics_of_task(head: Head, *, is_regression: bool, has_classes: bool, by_words: bool) -> tuple[str, ...]:
+    """Of those, what `metrics_of` gives where the libraries are installed. `has_classes`: each example has a
+    label; `by_words`: a model that predicts tokens names it among the words of all classes."""
+    if is_regression:
+        return ("pearson", "spearman", "loss")
+    if head == "question_answering":
+        return ("exact_match", "answer_f1", "loss")
+    if head == "causal_lm" and not by_words:
+        of_text = ("perplexity_per_token", "perplexity_per_byte", "loss")
+        return ("accuracy", "loss") if has_classes else of_text
+    return ("accuracy", "f1", "matthews", "loss")
 
 
 def metrics_of(

@@ -18,7 +18,7 @@ from profiles.units import format_seconds
 SHARED = PROJECT / "reports" / "community"
 """Where shared results lie in a clone of the repository; an installed program has none."""
 
-OTHER_WORK = ("base", "train", "estimator", "num_queries", "noise", "moments", "gpus")
+OTHER_WORK = ("base", "train", "estimator", "queries", "noise", "moments")
 """Settings of which another value makes a step another piece of work."""
 
 

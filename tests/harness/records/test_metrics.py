@@ -13,8 +13,9 @@ import torch
 from engines.base import Evaluation
 from engines.errors import UserError
 from engines.model.evaluation import EvaluationSum
+from engines.shapes import Head
 from harness.records import metrics
-from harness.records.metrics import chosen_metric, metrics_of
+from harness.records.metrics import HIGHER_IS_BETTER, chosen_metric, metrics_of, metrics_of_task
 
 
 def evaluation(expected: list[float], predicted: list[float], loss: float = 0.5) -> Evaluation:
@@ -55,6 +56,34 @@ def test_two_classes_by_their_definitions() -> None:
     assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
     root = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     assert found["matthews"] == pytest.approx((tp * tn - fp * fn) / root)
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "candidates", "is_regression"),
+    [
+        ("classification", [1, 0, 1, 0], (), False),
+        ("classification", [1.5, 0.5, 2.5, 0.1], (), True),
+        ("question_answering", [1, 2, 3, 5], (), False),
+        ("causal_lm", [7, 9, 7, 9], (), False),
+        ("causal_lm", [7, 9, 7, 9], (7, 9), False),
+        ("causal_lm", [], (), False),
+        ("masked_lm", [7, 9, 7, 9], (7, 9), False),
+    ],
+)
+def test_what_a_task_is_said_to_give_is_what_an_evaluation_gives(
+    head: Head, labels: list[float], candidates: tuple[int, ...], is_regression: bool
+) -> None:
+    told = metrics_of_task(
+        head, is_regression=is_regression, has_classes=bool(labels), by_words=bool(candidates)
+    )
+    given: set[str] = set()
+    for is_bytes in (False, True):
+        found = metrics_of(
+            evaluation(labels, labels), head, candidates=candidates, is_regression=is_regression,
+            is_bytes=is_bytes,
+        )  # fmt: skip
+        given |= found.keys() & HIGHER_IS_BETTER.keys()
+    assert set(told) <= given <= {*told, "accuracy"}  # of a text's next tokens: no target
 
 
 def test_candidates_stand_for_their_classes() -> None:

@@ -15,7 +15,7 @@ from run_records import make_machine, make_plan, make_test_job
 JOB = make_test_job()
 
 
-def shared(*step_s: float, card: str = "another", base: str | None = None, longer: int = 0) -> Submission:
+def shared(*step_s: float, card: str = "another", longer: int = 0, **settings: str | int) -> Submission:
     return Submission(
         day="2026-11-29",
         machine=SharedMachine(
@@ -26,7 +26,7 @@ def shared(*step_s: float, card: str = "another", base: str | None = None, longe
         data="random", program="0.1.0", commit=None, torch=None,
         methods=(
             SharedMethod(
-                engine="zo2", settings={} if base is None else {"base": base}, runs=1, step_s=step_s,
+                engine="zo2", settings=dict(settings), runs=1, step_s=step_s,
                 tokens_per_s=None, gpu_bytes=None, host_bytes=None, predicted_step_s=None,
             ),
         ),
@@ -43,7 +43,7 @@ def test_only_the_same_card_job_and_work_count() -> None:
     others = [
         shared(2 * step_s, card=card), shared(0.5 * step_s, card=card), shared(3 * step_s, card=card),
         shared(9 * step_s), shared(9 * step_s, card=card, base="int8"),
-        shared(9 * step_s, card=card, longer=1), shared(card=card),
+        shared(9 * step_s, card=card, longer=1), shared(card=card), shared(9 * step_s, card=card, queries=4),
     ]  # fmt: skip
     (found,) = beside_like_machines(JOB, machine, [plan, make_plan("native")], others)
     assert found.step_s == pytest.approx((0.5 * step_s, 2 * step_s, 3 * step_s))
