@@ -74,15 +74,8 @@ def probe_machine(
             if not brief:  # before this process has a CUDA context
                 most, refused = pinned_limit.pinned_limit(meter, full=full, root=root)
                 memory_found = replace(memory_found, pinned_bytes=most, pinned_refused=refused)
-            gpu_found, link_found, each_start = _device(meter, root, SUSTAINED_S[depth])
-            cpu_found = replace(
-                cpu_found,
-                python_turn_s=each_start.python_turn_s,
-                forward_launch_s=each_start.forward_s,
-                training_launch_s=each_start.training_s,
-                graph_launch_s=each_start.graph_s,
-                triton_launch_s=each_start.triton_s,
-            )
+            gpu_found, link_found, started_by_cpu = _device(meter, root, SUSTAINED_S[depth])
+            cpu_found = _with_launches(cpu_found, started_by_cpu)
             if num_gpus > 1:
                 budget = memory_budget(cgroup.host_memory(root))
                 each_gpu = multi_gpu.each_gpu(meter, num_gpus, memory_bytes=budget)
@@ -252,6 +245,17 @@ def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigu
         meter.between = None
         found = windows.launches(**graphs)
         return replace(gpu_found, matmul_sustained_flops=sustained), link_found, found
+
+
+def _with_launches(part: Cpu, found: launches.Launches) -> Cpu:
+    return replace(
+        part,
+        python_turn_s=found.python_turn_s,
+        forward_launch_s=found.forward_s,
+        training_launch_s=found.training_s,
+        graph_launch_s=found.graph_s,
+        triton_launch_s=found.triton_s,
+    )
 
 
 def _num_gpus() -> int:
