@@ -41,10 +41,20 @@ RECORDS: dict[str, dict[str, dict[str, str]]] = {
         "native": _each("1.3b", "") | {"4k": "deepseek-coder-1.3b-rows_h200_20261129"},
         "lora": _each("1.3b", "") | {"4k": "deepseek-coder-1.3b-rows_h200_20261129"},
         "exact-offload, all updates on the CPU": (
-            _each("1.3b", "-exact-offload") | {"4k": "deepseek-coder-1.3b-exact-offload-again_h200_20261130"}
+            _each("1.3b", "-exact-offload-three", "4k")
+            | {
+                "384": "deepseek-coder-1.3b-384-tokens-exact-offload_h200_20261130",
+                "4k": "deepseek-coder-1.3b-exact-offload-again_h200_20261130",
+            }
         ),
         "lsp, n/4": _each("1.3b", "-lsp-quarter"),
-        "lsp, n/2": _each("1.3b", "-lsp") | {"4k": "deepseek-coder-1.3b-lsp_h200_20261130"},
+        "lsp, n/2": (
+            _each("1.3b", "-lsp")
+            | {
+                "4k": "deepseek-coder-1.3b-lsp_h200_20261130",
+                "16k": "deepseek-coder-1.3b-16k-tokens-lsp-three_h200_20261130",
+            }
+        ),
         "lsp, 3n/4": (
             _each("1.3b", "-lsp-three-quarters")
             | {"4k": "deepseek-coder-1.3b-three-quarters-bf16_h200_20261130"}
@@ -65,7 +75,11 @@ RECORDS: dict[str, dict[str, dict[str, str]]] = {
             "32k": "deepseek-coder-6.7b-32k-tokens-lora_h200_20261130",
         },
         "exact-offload, all updates on the CPU": (
-            _each("6.7b", "-exact-offload") | {"32k": "deepseek-coder-6.7b-32k-tokens_h200_20261130"}
+            _each("6.7b", "-exact-offload")
+            | {
+                "16k": "deepseek-coder-6.7b-16k-tokens-exact-offload-three_h200_20261130",
+                "32k": "deepseek-coder-6.7b-32k-tokens_h200_20261130",
+            }
         ),
         "exact-offload, blocks left to the GPU": {
             "4k": "deepseek-coder-6.7b-exact-offload_h200_20261130",
