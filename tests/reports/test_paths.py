@@ -77,7 +77,7 @@ def test_a_sweep_and_its_report_tell_names_and_not_places(
         assert places["data"] == ("user", "notes.txt")
         assert places.get("spill") == (("user", "spill") if record["engine"] == "zo2" else None)
         assert (facts["hub"], facts["sent"]) == ("not needed", "nothing")
-    assert len(json.loads((out / "verdict.json").read_text())["governance"]) == 14
+    assert len(json.loads((out / "verdict.json").read_text())["governance"]) == 13
     program(monkeypatch, *sweep, "--resume")  # with the paths that only job.toml has
     assert files_with(tmp_path, out) == NEEDED_TO_RESUME
 
