@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from engines.base import Batch, Context, StepStats, Update
 from engines.methods.mezo import Mezo
 from engines.methods.zo2 import Zo2
-from engines.settings.zeroth_order import MezoSettings, Zo2Settings
+from engines.noise.visits import DeviceUpdateLog, Visit
+from engines.settings.checks import Rounding
+from engines.settings.zeroth_order import MezoSettings, Noise, Zo2Settings
 from engines.shapes import Dtype, Workload
-from tiny_models import TinyBlueprint
+from tiny_models import TinyBlueprint, tiny_blueprint
 
 KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 
@@ -104,3 +107,29 @@ def save(made: Engine, folder: Path) -> Path:
     folder.mkdir()
     made.save(folder)
     return folder
+
+
+def unequal_blueprint() -> TinyBlueprint:
+    """Blocks whose MLPs are 32, 5 and 48 wide: unequal in size, and off every alignment."""
+    blueprint = tiny_blueprint("opt")
+    torch.manual_seed(3)
+    for index, width in ((1, 5), (2, 48)):
+        for model, device in ((blueprint.reference, "cpu"), (blueprint.model, "meta")):
+            layer = model.model.decoder.layers[index]
+            layer.fc1 = nn.Linear(16, width, device=device)
+            layer.fc2 = nn.Linear(width, 16, device=device)
+    return blueprint
+
+
+def a_visit(
+    *updates: tuple[float, float],
+    device: torch.device | str = "cpu",
+    rounding: Rounding = "stochastic",
+    noise: Noise = "gaussian",
+) -> Visit:
+    """Of updates by (learning rate, projected gradient), with some decay."""
+    log = DeviceUpdateLog(torch.device(device))
+    for step, (lr, g) in enumerate(updates):
+        log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
+    steps = len(updates)
+    return Visit(seed=-5, log=log, first=0, last=steps, rounding=rounding, step=steps, eps=1e-3, noise=noise)

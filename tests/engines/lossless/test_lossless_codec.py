@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from zeroth_order_runs import a_visit
 
-from engines.base import Update
 from engines.costs.quantized import lossless_bytes
 from engines.lossless import lossless_codec, lossless_pass
 from engines.noise import weight_pass
 from engines.noise.tiles import Segment, one
-from engines.noise.visits import DeviceUpdateLog, Outputs, Visit
+from engines.noise.visits import Outputs
 from engines.settings.checks import Rounding
 from engines.settings.zeroth_order import Noise
 
@@ -162,20 +162,6 @@ def test_tiles_share_the_room_for_more_escapes() -> None:
 
 
 # --- passes -------------------------------------------------------------------------------------------------
-
-
-def a_visit(
-    *updates: tuple[float, float],
-    device: torch.device = CPU,
-    rounding: Rounding = "stochastic",
-    noise: Noise = "gaussian",
-) -> Visit:
-    """Of updates by (learning rate, projected gradient), with some decay."""
-    log = DeviceUpdateLog(device)
-    for step, (lr, g) in enumerate(updates):
-        log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
-    steps = len(updates)
-    return Visit(seed=-5, log=log, first=0, last=steps, rounding=rounding, step=steps, eps=1e-3, noise=noise)
 
 
 COUNTS, OFFSETS, NUMBERS = (300, 2048, 4100), (8, 312, 2360), (3, 9, 4)

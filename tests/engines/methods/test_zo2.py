@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from zeroth_order_runs import (
     KNOBS,
     assert_all_same_steps,
@@ -22,6 +21,7 @@ from zeroth_order_runs import (
     make_mezo,
     make_zo2,
     save,
+    unequal_blueprint,
 )
 
 from engines.base import Batch
@@ -87,18 +87,6 @@ def test_equals_mezo_for_any_number_of_blocks_and_residents(num_blocks: int, res
     ]  # at first nothing is deferred
     assert streamed.evaluate(batches) == mezo.evaluate(batches)
     assert_same_weights(mezo, streamed)
-
-
-def unequal_blueprint() -> TinyBlueprint:
-    """Blocks whose MLPs are 32, 5 and 48 wide: unequal in size, and off every alignment."""
-    blueprint = tiny_blueprint("opt")
-    torch.manual_seed(3)
-    for index, width in ((1, 5), (2, 48)):
-        for model, device in ((blueprint.reference, "cpu"), (blueprint.model, "meta")):
-            layer = model.model.decoder.layers[index]
-            layer.fc1 = nn.Linear(16, width, device=device)
-            layer.fc2 = nn.Linear(width, 16, device=device)
-    return blueprint
 
 
 def test_blocks_of_unequal_shape() -> None:

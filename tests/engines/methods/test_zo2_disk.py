@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from zeroth_order_runs import KNOBS, assert_same_steps, assert_same_weights, save, unequal_blueprint
 
-from engines.base import Batch, Context, StepStats, StoredTensor
+from engines.base import Batch, Context, StoredTensor
 from engines.costs.resources import disk as costs
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.costs.zo2 import disk_indices, resident_indices
@@ -35,7 +36,6 @@ from tiny_models import TinyBlueprint, tiny_batches, tiny_blueprint
 pytestmark = pytest.mark.filterwarnings(
     "ignore::engines.offload.disk_files.PageCacheWarning"
 )  # wherever /tmp may be
-KNOBS = {"learning_rate": 1e-3, "weight_decay": 0.1, "eps": 1e-3}
 DECODERS = ["opt", "llama", "qwen2", "gpt2"]
 
 
@@ -71,42 +71,9 @@ def make_mezo(blueprint: TinyBlueprint, where: Context | None = None, **knobs: o
     return made
 
 
-def assert_same_weights(left: Mezo | Zo2, right: Mezo | Zo2) -> None:
-    for (name, weight), (other_name, other) in zip(left.weights(), right.weights(), strict=True):
-        assert name == other_name
-        assert torch.equal(weight, other), name
-
-
-def assert_same_steps(mezo: Mezo, streamed: Zo2, batches: Sequence[Batch]) -> list[StepStats]:
-    all_stats = []
-    for batch in batches:
-        expected, stats = mezo.step([batch]), streamed.step([batch])
-        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
-        all_stats.append(stats)
-    return all_stats
-
-
 def run(made: Zo2, batches: Sequence[Batch]) -> None:
     for batch in batches:
         made.step([batch])
-
-
-def save(made: Mezo | Zo2, folder: Path) -> Path:
-    folder.mkdir()
-    made.save(folder)
-    return folder
-
-
-def unequal_blueprint() -> TinyBlueprint:
-    """Blocks of unequal size, off every alignment."""
-    blueprint = tiny_blueprint("opt")
-    torch.manual_seed(3)
-    for index, width in ((1, 5), (2, 48)):
-        for model, device in ((blueprint.reference, "cpu"), (blueprint.model, "meta")):
-            layer = model.model.decoder.layers[index]  # type: ignore[union-attr, operator, index]
-            layer.fc1 = nn.Linear(16, width, device=device)
-            layer.fc2 = nn.Linear(width, 16, device=device)
-    return blueprint
 
 
 def late(seed: int = 0) -> Callable[[], float]:

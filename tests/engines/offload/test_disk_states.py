@@ -7,8 +7,6 @@ import itertools
 import queue
 import random
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from waited_for import until
 
 from engines.errors import UserError
 from engines.offload import disk_states
@@ -107,11 +106,3 @@ def test_a_block_that_is_still_being_written_is_read_when_all_of_it_is_there(tmp
         assert head[:100].unique().tolist() == [7]
     finally:
         states.close()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if holds():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not come")

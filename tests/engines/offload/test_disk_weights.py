@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from waited_for import until
 
 from engines.errors import UserError
 from engines.offload.disk_weights import DiskWeights
@@ -38,14 +39,6 @@ def make() -> Iterator[Make]:
     for each in made:
         each.close()
     assert not [each for each in threading.enumerate() if each.name == "disk-weights"]
-
-
-def until(holds: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if holds():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it did not come")
 
 
 def taken(of: DiskWeights, block: int) -> set[int]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zeroth_order_runs import (
     KNOBS,
+    a_visit,
     assert_same_steps,
     assert_same_weights,
     context,
@@ -24,7 +25,6 @@ from zeroth_order_runs import (
     save,
 )
 
-from engines.base import Update
 from engines.costs import quantized
 from engines.costs.quantized import GROUP_ELEMENTS, TILE_ELEMENTS, matrix_bytes
 from engines.errors import InfeasiblePlan, UserError
@@ -32,7 +32,6 @@ from engines.methods.zo2 import Zo2
 from engines.noise import weight_pass
 from engines.noise.philox import NoiseKey, binomials, normal, signs
 from engines.noise.tiles import Segment, one
-from engines.noise.visits import DeviceUpdateLog, Visit
 from engines.quantized import codec
 from engines.quantized.codec import pack, unpack
 from engines.quantized.quantized_pass import add_low_rank_to_tiles, visit_tiles
@@ -55,22 +54,6 @@ def packed(values: Tensor, base: Base) -> Tensor:
 
 def some_weights(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02
-
-
-def a_visit(
-    *updates: tuple[float, float],
-    device: torch.device = CPU,
-    rounding: Rounding = "stochastic",
-    kind: Noise = "gaussian",
-) -> Visit:
-    """Of updates by (learning rate, projected gradient), with some decay."""
-    log = DeviceUpdateLog(device)
-    for step, (lr, g) in enumerate(updates):
-        log.append(Update(step=step, learning_rate=lr, projected_gradient=g, weight_decay=0.1))
-    steps = len(updates)
-    return Visit(
-        seed=-5, log=log, first=0, last=steps, rounding=rounding, step=steps, eps=1e-3, noise=kind
-    )  # fmt: skip
 
 
 def by_group(values: Tensor) -> Tensor:
@@ -146,7 +129,7 @@ def test_pieces_make_up_the_whole(
         monkeypatch.setitem(codec._CHUNK_TILES, "cpu", tiles)
         tiles = packed(some_weights(count), base)
         sides = [torch.zeros(count, dtype=torch.float16) for _ in range(2)]
-        how = a_visit((1e-3, 0.5), (1e-4, -3.0), kind=kind)
+        how = a_visit((1e-3, 0.5), (1e-4, -3.0), noise=kind)
         visit_tiles(tiles, one(3, count), how, base, store=True, sides=sides, perturb=True)
         results.append([tiles, *sides])
     assert all(
@@ -168,7 +151,7 @@ def test_formulas_in_fp32_between_the_grid_and_one_rounding(base: Base, kind: No
     for step, (lr, g) in enumerate(updates):
         z = draw(NoiseKey(seed=-5, step=step, tensor=3), count).double()
         value -= lr * (g * z + 0.1 * value)
-    how = a_visit(*updates, kind=kind)
+    how = a_visit(*updates, noise=kind)
     plain, plus, minus, one_side = (torch.empty(count) for _ in range(4))
     of = one(3, count, decays=True)
     visit_tiles(tiles.clone(), of, how, base, store=store, sides=(plain,))
@@ -197,7 +180,7 @@ def test_a_store_is_unbiased(base: Base, kind: Noise, size: float) -> None:
     tiles = packed(some_weights(count), base)
     before = unpack(tiles, base, count)
     inside = is_inside(before, base)
-    how = a_visit((size, 1.0), (size, 1.0), kind=kind)
+    how = a_visit((size, 1.0), (size, 1.0), noise=kind)
     wanted = torch.empty(count)
     visit_tiles(tiles.clone(), one(3, count), how, base, store=False, sides=(wanted,))
     visit_tiles(tiles, one(3, count), how, base, store=True)
@@ -241,7 +224,7 @@ def check_kernel(
 
     results = []
     for where, function in ((CPU, visit_tiles), (kernel_device(), quantized_pass_kernels.visit_tiles)):
-        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, kind=kind)
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, rounding=rounding, noise=kind)
         tiles = packed(some_weights(count), base).to(where)
         outs = [torch.zeros(count, dtype=dtype, device=where) for _ in range(sides)]
         of = one(3, count, decays=True)
@@ -313,7 +296,7 @@ def test_matrices_that_lie_together_are_visited_as_one_by_one(
         (CPU, visit_tiles, (True, False)), (kernel_device(), quantized_pass_kernels.visit_tiles, (True,)),
     )  # fmt: skip
     for where, function, ways_of_matrices in ways:
-        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, kind=kind)
+        how = a_visit((1e-3, 0.7), (1e-5, -2.0), device=where, noise=kind)
         perturb = sides == 2
         for together in ways_of_matrices:
             tiles = torch.cat(each).to(where)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from zeroth_order_runs import assert_same_steps, save
 
-from engines.base import Batch, Context, StepStats
+from engines.base import Batch, Context
 from engines.costs import mezo as mezo_costs
 from engines.costs.mezo import gpu_memory
 from engines.costs.zo2 import resident_indices
@@ -58,21 +59,6 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def assert_same(left: Mezo | Zo2, right: Mezo | Zo2) -> None:
     assert_equal(adapters(left), adapters(right))
     assert_equal(dict(left.weights()), dict(right.weights()))
-
-
-def assert_same_steps(left: Mezo | Zo2, right: Mezo | Zo2, batches: list[Batch]) -> list[StepStats]:
-    found = []
-    for batch in batches:
-        expected, stats = left.step([batch]), right.step([batch])
-        assert (stats.loss, stats.projected_gradient) == (expected.loss, expected.projected_gradient)
-        found.append(stats)
-    return found
-
-
-def save(made: Mezo | Zo2, folder: Path) -> Path:
-    folder.mkdir()
-    made.save(folder)
-    return folder
 
 
 def stored(made: Mezo | Zo2) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from profiles.system.unprobed import System, read_system
 GIB = 2**30
 READING = GpuReading(what="GPU matrix product bf16", sm_clock_hz=1.9e9, throttled=(), other_processes=0)
 SYSTEM = System(
-    nvidia_on_bus=True, driver_gpu="Fake GPU", driver_reason="", folder=".", disk_total_bytes=10**12,
+    nvidia_on_bus=True, driver_gpu="Fake GPU", folder=".", disk_total_bytes=10**12,
     disk_free_bytes=10**11,
 )  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_a_machine_without_a_gpu_is_judged_for_the_rest() -> None:
     machine = replace(
         make_machine(gpu=False), gpu_absent_reason="torch 2.13.0+cpu is built without GPU support"
     )
-    bare = replace(SYSTEM, nvidia_on_bus=False, driver_gpu=None, driver_reason="NVML does not start")
+    bare = replace(SYSTEM, nvidia_on_bus=False, driver_gpu=None)
     diagnosis = diagnose(machine, bare)
     assert "driver and torch" in diagnosis.in_order
     assert diagnosis.not_judged["link state"] == "there is no GPU in the profile"
