@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,3 +102,12 @@ def check_writable(path: Path, *, is_folder: bool = False, remedy: str = ELSEWHE
         pass
     except OSError as error:
         raise unwritable(path, error, remedy) from None
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of both, nested ones too; those of `over` win."""
+    found = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = merged(found[key], value) if both else value
+    return found

@@ -54,6 +54,7 @@ from harness.data.reading.columns import parse_columns
 from harness.records.job import DataSource, Job, Limits, job_values, make_job
 from harness.records.settings import check_settings, left_out, parse_assignments
 from harness.resolve import longest_sequence
+from profiles.documents import merged
 from profiles.language import translated, word
 from profiles.units import parse_bytes
 
@@ -126,10 +127,10 @@ class JobFlags:
         if any(isinstance(layer.get("model"), dict) and "name" in layer["model"] for layer in layers):
             values.pop("model", None)
         for layer in layers:
-            values = _merged(values, layer)
+            values = merged(values, layer)
         if self._assignments:
             assigned = parse_assignments(self._assignments, engines)
-            values = _merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
+            values = merged(values, {"settings": {name: dict(given) for name, given in assigned.items()}})
             for each in left_out(self._assignments, engines):
                 note = translated(f"--set {each}: that engine does not run, so it changes nothing")
                 typer.echo(f"{word('note')}: {note}", err=True)
@@ -309,11 +310,3 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
         else:
             fields[flag] = value
     return fields
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged

@@ -17,11 +17,11 @@ from harness.cli.quality import study_seen
 from harness.progress import console
 from harness.quality.documents import parse_budget, parse_quality_target
 from harness.quality.study import StudyRequest, check_study, planned_trials, predicted_s, prepare_study
-from harness.quality.suites import Suite, SuiteTask, beside_suite, file_of, job_of_task, load_suite, merged
+from harness.quality.suites import Suite, SuiteTask, beside_suite, file_of, job_of_task, load_suite
 from harness.quality.trials import PreparedStudy
 from harness.records.job import Job
 from profiles.advice.words import duration
-from profiles.documents import to_json
+from profiles.documents import merged, to_json
 from profiles.machine import Machine
 
 

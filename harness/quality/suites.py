@@ -9,7 +9,6 @@ for each study, with a `name`, a `target`, the files `data`, `eval_data` and `te
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import ConfigDict, ValidationError
 from engines.errors import UserError, plainly
 from engines.files.reading import exists, parse_toml, read_text
 from harness.quality.documents import StudySizes, parse_budget, parse_quality_target
-from profiles.documents import adapter
+from profiles.documents import adapter, merged
 
 MOST_SUITE_BYTES = 1 << 20
 
@@ -126,12 +125,3 @@ def file_of(task: SuiteTask, name: str, folder: Path | None) -> str:
             f"task {task.name}", f"needs {name}, which is not in {folder}", "put it there, as it is published"
         )
     return str(folder / name)
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of both, nested ones too; those of `over` win."""
-    found = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
-        found[key] = merged(found[key], value) if both else value
-    return found

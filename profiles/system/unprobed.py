@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiles.system.cgroup import ROOT
-from profiles.system.nvml import open_device, why_no_device
+from profiles.system.nvml import open_device
 
 NVIDIA = "0x10de"
 """The vendor's number on PCI."""
@@ -21,8 +21,6 @@ class System:
     """The kernel sees an NVIDIA display or compute device."""
     driver_gpu: str | None
     """Name of the GPU that the driver gives; `None`: it gives none."""
-    driver_reason: str
-    """Why it gives none."""
     folder: str
     disk_total_bytes: int
     disk_free_bytes: int
@@ -36,7 +34,6 @@ def read_system(folder: Path, root: Path = ROOT) -> System:
     return System(
         nvidia_on_bus=any(_is_gpu(path) for path in (root / "sys/bus/pci/devices").glob("*")),
         driver_gpu=None if device is None else device.name or "a GPU",
-        driver_reason=why_no_device() if device is None else "",
         folder=str(folder),
         disk_total_bytes=usage.total,
         disk_free_bytes=usage.free,
