@@ -129,7 +129,10 @@ FIGURES: tuple[FigureRow, ...] = (
     _row("link.d2h_pageable_bytes_per_s", "GPU to host, pageable", format_rate, "brief", "doctor", "report"),
     _row("link.h2d_duplex_bytes_per_s", "host to GPU, both busy", format_rate, "brief", "predict", "report"),
     _row("link.d2h_duplex_bytes_per_s", "GPU to host, both busy", format_rate, "brief", "predict", "report"),
-    _row("cpu.cores_usable", "usable cores", format_count, "brief", "doctor", "report", detail=_cores),
+    _row(
+        "cpu.cores_usable", "usable cores", format_count, "brief", "predict", "doctor", "report",
+        detail=_cores,
+    ),
     _row("cpu.throttled_periods", "stopped by quota", format_periods, "brief", "doctor", detail=_during),
     _row("cpu.matmul_fp32_flops", "CPU matrix product fp32", format_flops, "brief", "predict", "report"),
     _row("cpu.matmul_bf16_flops", "CPU matrix product bf16", format_flops, "brief", "predict", "report"),

@@ -8,13 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from engines.costs.resources.traffic import ADAMW_KERNEL_BYTES, FUSED_ADAM_BYTES, Traffic
+from engines.costs.resources.traffic import ADAMW_KERNEL_BYTES, FUSED_ADAM_BYTES, SPARE_THREADS, Traffic
 from engines.shapes import Direction, Workload
 from profiles.machine import Figure, Gpu, Machine
 
 COPY_WRITE_ALLOCATE = 1.5
 """Host memory traffic over what a copy counts (read plus written): a CPU reads a line before it writes it.
 DMA does not, so 74 GB/s of copies leave room for 111 GB/s. An H200 machine streams 49 GB/s each way."""
+
+THREAD_BYTES_PER_S = 11e9
+"""What one thread of the CPU moves in updates where so few run that memory is not busy: 8.8 to 11.5 GB/s in
+fourteen jobs of `lsp` and `exact-offload` with 7 to 11 threads on hosts of H200s."""
 
 FORWARD_LAUNCH_S = 15e-6
 """Time the CPU needs to start one operation of a model where autograd is off, in methods with forward passes
@@ -61,6 +65,19 @@ def cpu_adam(machine: Machine, traffic: Traffic) -> tuple[tuple[str, Figure], fl
     if copy.value / moved > torchs.value / traffic.cpu_adam_factor:
         return ("host copy bandwidth", copy), moved
     return ("CPU Adam", torchs), traffic.cpu_adam_factor
+
+
+def half_threads_times(machine: Machine, traffic: Traffic) -> float:
+    """What updates take with half of the CPU's threads over what they take with all, by which it was probed
+    (`engines.cpu_updates.cpu_threads`). 1 where code of others updates, with all that there are."""
+    if traffic.cpu_adamw_kernel_factor is None or traffic.overlap == "serial":
+        return 1.0
+    (_, elements_per_s), times = cpu_adam(machine, traffic)
+    if elements_per_s.value is None:
+        return 1.0
+    half = max(1, (machine.cpu.cores_usable - SPARE_THREADS) // 2)
+    moved = ADAMW_KERNEL_BYTES * traffic.cpu_adamw_kernel_factor
+    return max(1.0, elements_per_s.value / times * moved / (half * THREAD_BYTES_PER_S))
 
 
 def host_copy(machine: Machine) -> tuple[str, Figure]:

@@ -81,21 +81,22 @@ LEAST_GRADIENT_BLOCKS = 4
 """Of what `few_gradient_blocks` says."""
 
 LAUNCHES = 95
-"""Per block of five chunks, in operations without autograd: Python around them, events and the CPU's queue,
-of all threads, since the interpreter's lock lets one at a time go on. Counted: on a CPU, where events do
-nothing, a block of a tiny model takes 78 of them longer than native's (103 while each chunk went down by
-itself), and what it asks of the driver, 22 events and 36 waits and questions (39 and 74 then), is some 15
-more at 7 us an event (`engines.transfer.clock.compute_stream`) and, guessed, 2 for the others."""
+"""Per block of five chunks that runs as no CUDA graph, in operations without autograd: Python around it, what
+becomes of each gradient, events and the CPU's queue, of all threads, since the interpreter's lock lets one at
+a time go on. Counted: on a CPU, where events do nothing, a block of a tiny model takes 78 of them longer than
+native's (103 while each chunk went down by itself), and what it asks of the driver, 22 events and 36 waits
+and questions (39 and 74 then), is some 15 more at 7 us an event (`engines.transfer.clock.compute_stream`)
+and, guessed, 2 for the others."""
 
 GPU_UPDATE_LAUNCHES = 35
 """Likewise of a block that the GPU updates, its tensors in one go. By time on a CPU a block
 of a tiny Llama takes 35 to 51 more than native's (`tests/studies/launch_counts.py`, `gpu_blocks=11`, twice);
 the driver's part is not in it."""
 
-REPLAY_LAUNCHES = 8
-"""Likewise of a block that runs as two CUDA graphs, however many micro-batches there are: the two launches,
-each of some hundred kernels, and what enters and leaves them. Guessed; one launch of such a graph took `lsp`
-the half of its 15 (`engines.costs.lsp`), which has copies around it."""
+REPLAY_LAUNCHES = 32
+"""Of a block that runs as two CUDA graphs, however many micro-batches there are, all that is started for it:
+what becomes of its gradients is in the graphs. By time on an H200's host, of two chunks, both threads
+(`tests/studies/launch_counts_h200_20261130.json`)."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""
@@ -259,10 +260,9 @@ def _layer(
         hidden = 0
     # Each gradient is made, added to what is there or moved there, and read for its norm.
     gpu_bytes = layer.gpu_bytes + 4 * element * size
-    replays = REPLAY_LAUNCHES * settings.captures
     if index < settings.updated_by_gpu(len(uploads)):
         return layer._replace(
-            python_launches=GPU_UPDATE_LAUNCHES + replays,
+            python_launches=REPLAY_LAUNCHES if settings.captures else GPU_UPDATE_LAUNCHES,
             gpu_bytes=gpu_bytes + on_gpu_bytes * size,
             h2d_bytes=hidden,
             d2h_bytes=hidden,
@@ -278,7 +278,7 @@ def _layer(
     return layer._replace(
         disk_bytes=read,
         disk_write_bytes=written,
-        python_launches=LAUNCHES * settings.offload + replays,
+        python_launches=REPLAY_LAUNCHES if settings.captures else LAUNCHES * settings.offload,
         gpu_bytes=gpu_bytes,
         h2d_bytes=times * element * size + hidden,
         d2h_bytes=element * size + NORM_BYTES + hidden,

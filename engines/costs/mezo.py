@@ -1,7 +1,7 @@
-"""What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and two passes over
-the weights that make noise, one to update them and one to perturb them. With several queries all of that is
-done for each, but for the pass that updates, which takes all their entries at once
-(`engines.zeroth_order.estimators`).
+"""What MeZO costs with everything on the GPU: both forward passes stacked in one batch, and a pass over each
+block's weights that makes noise twice, to update them and to perturb them; what is outside of blocks has a
+pass for each. With several queries all of that is done for each, but only the first one's pass updates, by
+all their entries at once (`engines.zeroth_order.estimators`).
 
 Perturbed copies exist of one matrix at a time, or of a whole block where that is small or several
 micro-batches share its visit. The head is perturbed in chunks of its vocabulary, and of the embeddings only
@@ -82,11 +82,8 @@ weights of a block of OPT-13B on an H200 (engines/EXPERIMENTS.md, 'A lossless ba
 def traffic(shape: ModelShape, workload: Workload, settings: MezoSettings) -> Traffic:
     element = BYTES_PER_ELEMENT[workload.dtype]
     block = block_bytes(shape, workload.dtype, settings.base)
-    visit = update(settings) + perturb(settings)
-    if settings.base != "full":
-        turn = settings.fold_every if settings.is_quantized else 1
-        visit = fused_visit(settings, turn, block / (element * shape.block_parameters))
-    visits = [visit] * shape.num_blocks
+    turn = settings.fold_every if settings.is_quantized else 1
+    visits = [fused_visit(settings, turn, block / (element * shape.block_parameters))] * shape.num_blocks
     weights = element * shape.non_block_parameters + shape.num_blocks * block
     return Traffic(
         layers=tuple(perturbed_layers(shape, workload, settings, visits)),
@@ -203,6 +200,7 @@ def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
         products=layer.products * passes // 2,
         kernels=layer.kernels * passes // 2,
         launches=layer.launches * passes // 2,
+        waited_launches=layer.waited_launches * passes // 2,
     )
 
 

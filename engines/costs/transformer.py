@@ -54,10 +54,11 @@ that make noise; norms of a gated block run once per half too, eight kernels eac
 put together. Those of a gated block are counted as torch runs them
 (tests/engines/costs/test_counted_operations.py), the others from the modules, not traced."""
 
-STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 125, 189
+STACKED_PLAIN_LAUNCHES, STACKED_GATED_LAUNCHES = 119, 182
 """What it takes to start those one by one, in launches: the engine's Python visits each matrix by itself. By
 time on an H200's host, in operations that each process timed itself: steps of OPT-13B, and two of
-DeepSeek-Coder 6.7B in processes of 14.6 and 22.2 us (`tests/studies/prediction_grid_h200_second_afternoon`).
+DeepSeek-Coder 6.7B in processes of 14.6 and 22.2 us (`tests/studies/prediction_grid_h200_second_afternoon`),
+less `ENTRY_LAUNCHES`.
 They are 155 and 209 operations of torch, which on a CPU, without a driver to call, take as long as 103 and
 115."""
 
@@ -82,10 +83,16 @@ GRAPH_SCRATCH_BYTES = 400_000_000
 (`engines.zeroth_order.perturbed_model`). A larger block keeps the GPU busy for longer than the CPU needs to
 start its kernels: 2.5 ms on an H200 machine."""
 
-GRAPH_LAUNCHES = 41
-"""What it takes to start a block then, in launches: copies in and out, the graph, noise chunk by chunk, and
-the engine's Python around them. Three hosts of H200s needed 0.6 ms for a block of OPT-125M, RoBERTa and
-GPT-2, and 15 us for an operation by the probe."""
+GRAPH_LAUNCHES = 22
+"""What it takes to start a block then, in launches: copies in and out, the graph, noise, and the engine's
+Python around them. 19 by time on an H200's host with a tiny Llama
+(`tests/studies/launch_counts_h200_20261130.json`), and 22 where RoBERTa and GPT-2 large took 13.2 and 13.5 ms
+(`tests/studies/prediction_grid_h200_second_evening`)."""
+
+ENTRY_LAUNCHES = 220
+"""What both sides of a micro-batch take before their first block, for which the GPU waits: embeddings and
+their noise, masks, positions, and what blocks are called with, each side by the model's own forward. With
+`STEP_LAUNCHES` and the head's it makes 300 outside of the blocks, by time on that host."""
 
 STEP_LAUNCHES = 50
 """What nothing hides between two steps, in launches without autograd: the loss is read, the next batch goes
@@ -96,16 +103,18 @@ CHECKPOINT_LAUNCHES = 10
 again: 6 to 12 by time on a CPU."""
 SAVED_PLAIN, SAVED_GATED = 28, 38
 """Tensors that a block's operations save for the backward pass one by one. Counted."""
-SAVED_LAUNCHES = 3
+SAVED_LAUNCHES = 3.7
 """What `torch.utils.checkpoint` takes for each of them, in launches: its Python is called when one is saved,
-when it is made again, and when it is wanted. By time on a CPU 2.9 to 3.1 of Llama, Qwen2, OPT and RoBERTa,
-over and above the pass that runs again."""
+when it is made again, and when it is wanted. By time on an H200's host, of Llama, over and above the pass
+that runs again (`tests/studies/launch_counts_h200_20261130.json`); on a CPU 2.9 to 3.1 of Llama, Qwen2, OPT
+and RoBERTa."""
 
 COMPILED_LAUNCHES = 25
 """What starting one pass of a compiled block takes that is not captured, a backward pass being two: whatever
 it was before, a compiler leaves the same few kernels, and finding the block's form, autograd's wrappers and
-the Python around each kernel take longer than starting it. By time on a CPU forward and backward of a block
-take 75 to 80 operations with autograd, of Llama, Qwen2 and OPT alike; eager they take 115, 122 and 82."""
+the Python around each kernel take longer than starting it. By time forward and backward of a block take 75
+to 80 operations with autograd on a CPU, of Llama, Qwen2 and OPT alike, where they take 115, 122 and 82 eager,
+and 62 of Llama and 79 of OPT on an H200's host (`tests/studies/launch_counts_h200_20261130.json`)."""
 HEAD_LAUNCHES = 12
 
 CHUNK_LAUNCHES = 3
@@ -290,7 +299,7 @@ def _training_block(
     launches = (2 + runs) * (COMPILED_LAUNCHES if how.compiled else block_launches(shape))
     if recomputed or fills_in:
         saved = SAVED_GATED if shape.gated_mlp else SAVED_PLAIN
-        launches += CHECKPOINT_LAUNCHES if how.compiled else SAVED_LAUNCHES * saved
+        launches += CHECKPOINT_LAUNCHES if how.compiled else int(SAVED_LAUNCHES * saved)
     elementwise = elementwise_bytes(shape, workload, compiled=how.compiled)
     layer = LayerTraffic(
         name="block",
@@ -349,13 +358,8 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         products=2 * of_vocabulary * of_tokens * workload.accumulation,
         launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * of_vocabulary * of_tokens) * workload.accumulation,
     )
-    return _with_blocks(block, last, shape)
-
-
-def _with_blocks(block: LayerTraffic, head: LayerTraffic, shape: ModelShape) -> list[LayerTraffic]:
-    """An embedding, which costs next to nothing, the blocks and the head."""
-    blocks = [block._replace(name=f"block.{index}") for index in range(shape.num_blocks)]
-    return [LayerTraffic(name="embedding"), *blocks, head]
+    first = LayerTraffic(name="embedding", waited_launches=ENTRY_LAUNCHES * workload.accumulation)
+    return [first, *(block._replace(name=f"block.{index}") for index in range(shape.num_blocks)), last]
 
 
 def normalizes_last(shape: ModelShape) -> bool:

@@ -42,6 +42,11 @@ RING_MOST_BLOCKS = 5
 
 RING_ALIGNMENT_BYTES = 512
 
+RING_LAUNCHES = 11
+"""What copies and events of a streamed block take that runs as a CUDA graph, in launches: 30 are started for
+it by time on an H200's host, where `mezo` takes 19 (`tests/studies/launch_counts_h200_20261130.json`). Those
+of others are in what `transformer.STACKED_PLAIN_LAUNCHES` says, and one that stays takes none."""
+
 STAYING_BYTES = 256_000_000
 """Hidden states that stay on the GPU with `hidden_states=host`: computing with them at 13B takes as long as
 the next block's upload, behind which those that come up wait."""
@@ -176,12 +181,14 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
         replayed = replayed_visit(settings, kept)
         visits = [replayed if i in on_disk else visit for i, visit in enumerate(visits)]
     layers = perturbed_layers(shape, workload, settings, visits)
+    of_ring = RING_LAUNCHES if transformer.runs_as_graphs(shape, workload) else 0
     for index in range(shape.num_blocks):
         if index not in resident:
             trained = trains_block(settings, index, shape.num_blocks)
             read = block if index in on_disk else 0
             down = int(block * (1 / turn)) if trained and not read else 0
             layers[1 + index] = layers[1 + index]._replace(
+                launches=layers[1 + index].launches + of_ring,
                 h2d_bytes=block,
                 d2h_bytes=down,
                 host_bytes=float(block + down + read),

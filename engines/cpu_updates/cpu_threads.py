@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from engines.costs.resources.traffic import SPARE_THREADS
 from engines.transfer.clock import now_s
-
-SPARE_THREADS = 2
-"""CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
 
 FIRST_STEPS, SEEN_STEPS = 2, 4
 """Steps that do not count, in which kernels are compiled and captured, and steps by whose medians it is

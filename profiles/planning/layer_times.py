@@ -148,7 +148,7 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: 
     rates = _rates(traffic, machine, workload, bound)
     times = [_times(layer, rates) for layer in traffic.layers]
     launches = _launches_s(traffic, machine, bound)
-    times = _with_launches(times, traffic, launches, hides_launches=machine.gpu is not None)
+    times = _with_launches(times, launches, hides_launches=machine.gpu is not None)
     each_s = _forward_launch_s(machine, bound)
     waited = [each_s * layer.waited_launches for layer in traffic.layers]
     return [
@@ -203,32 +203,27 @@ def _seconds(figure: Figure, otherwise_s: float, bound: Bound) -> float:
 
 
 def _with_launches(
-    times: list[LayerTimes], traffic: Traffic, launches: list[float], *, hides_launches: bool
+    times: list[LayerTimes], launches: list[float], *, hides_launches: bool
 ) -> list[LayerTimes]:
     """GPU times with the time that the CPU needs to start the work.
 
-    A GPU works while the CPU starts what comes next, and a CPU does one after the other. Where nothing
-    crosses the link the CPU runs ahead over the whole step; else each layer's work waits for what is copied
-    or updated, and its launches count by themselves.
+    A GPU works while the CPU starts what comes next, and the CPU runs ahead over the whole step: what it
+    waits for, such as the update of a block, the GPU waits for too. A CPU does one after the other.
     """
-    on_gpu_alone = traffic.h2d_bytes == traffic.d2h_bytes == traffic.cpu_adam_elements == 0
-    if hides_launches and on_gpu_alone:
-        work = sum(each.gpu_s for each in times)
-        longer = max(1.0, sum(launches) / work) if work > 0 else 1.0
-        if longer == 1.0:
-            return times
-        return [
-            replace(each, gpu_s=longer * each.gpu_s, backward_s=longer * each.backward_s) for each in times
-        ]
-    found = []
-    for each, launch in zip(times, launches, strict=True):
-        gpu_s = max(each.gpu_s, launch) if hides_launches else each.gpu_s + launch
-        if gpu_s == each.gpu_s:
-            found.append(each)
-            continue
-        share = each.backward_s / each.gpu_s if each.gpu_s > 0 else 0.0
-        found.append(replace(each, gpu_s=gpu_s, backward_s=share * gpu_s))
-    return found
+    if not hides_launches:
+        return [_longer(each, each.gpu_s + launch) for each, launch in zip(times, launches, strict=True)]
+    work, starting = sum(each.gpu_s for each in times), sum(launches)
+    if starting <= work:
+        return times
+    if work == 0:
+        return [_longer(each, launch) for each, launch in zip(times, launches, strict=True)]
+    return [_longer(each, each.gpu_s * starting / work) for each in times]
+
+
+def _longer(times: LayerTimes, gpu_s: float) -> LayerTimes:
+    """With `gpu_s`, of which the backward pass has its share."""
+    share = times.backward_s / times.gpu_s if times.gpu_s > 0 else 0.0
+    return replace(times, gpu_s=gpu_s, backward_s=share * gpu_s)
 
 
 def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engines.costs.resources.overlap import STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
@@ -20,7 +21,17 @@ from profiles.machine import Figure, Machine
 from profiles.planning.budget import host_bytes_without_gpu
 from profiles.planning.layer_times import CPU_MATMUL_EFFICIENCY, launches_decide, resource_s, step_times
 from profiles.planning.plan import Prediction
-from profiles.rates import Bound, FigureAbsent, cpu_adam, disk, from_gpu, link_parts, matmul, memory_copy
+from profiles.rates import (
+    Bound,
+    FigureAbsent,
+    cpu_adam,
+    disk,
+    from_gpu,
+    half_threads_times,
+    link_parts,
+    matmul,
+    memory_copy,
+)
 from profiles.units import format_elements, format_flops, format_rate
 
 GPU_MODEL_ERROR = 1.3
@@ -43,6 +54,11 @@ LAUNCH_ERROR = 1.5
 where the probe has seen all speeds of its cores, which the range then has by itself: with what an operation
 took in their own processes, nine in ten of 19 steps drawn by lot are within 30 %
 (`tests/studies/prediction_grid_h200_second_afternoon`)."""
+
+ALL_THREADS_TIMES = 1.2
+"""Where the CPU updates weights on all of its threads, what the GPU's work takes at the least, over what it
+takes by itself: those that start it wait for cores. 1.16 to 1.28 in five jobs of `exact-offload` on hosts of
+H200s whose updates took about as long, and 1.03 to 1.05 in three whose updates took less."""
 
 CPU_MODEL_ERROR = 2.0
 """Without a GPU operations are small and cores are shared, so the closed form is a guide only."""
@@ -114,12 +130,31 @@ def expected_step_s(traffic: Traffic, machine: Machine, workload: Workload) -> f
 
 
 def _combining(traffic: Traffic, machine: Machine) -> Callable[[Sequence[LayerTimes], int], float]:
-    """Seconds of a step, from its layers' and the number of micro-batches."""
+    """Seconds of a step, from its layers' and the number of micro-batches: with half of the CPU's threads for
+    its updates, or with all, whichever are faster (`engines.cpu_updates.cpu_threads`)."""
     if machine.gpu is None:
         return serial_s
+    combine = STEP_TIME[traffic.overlap]
     if traffic.overlap == "blockwise" and traffic.gradient_room < 1:
-        return lambda layers, _: held_back_s(layers, traffic.gradient_room)
-    return STEP_TIME[traffic.overlap]
+        combine = partial(_held_back_s, room=traffic.gradient_room)
+    times = half_threads_times(machine, traffic) if traffic.cpu_adam_elements else 1.0
+    return combine if times == 1.0 else partial(_with_threads_s, combine=combine, half_takes=times)
+
+
+def _held_back_s(layers: Sequence[LayerTimes], micro_batches: int, room: float) -> float:
+    return held_back_s(layers, room)
+
+
+def _with_threads_s(
+    layers: Sequence[LayerTimes],
+    micro_batches: int,
+    combine: Callable[[Sequence[LayerTimes], int], float],
+    half_takes: float,
+) -> float:
+    in_the_way_s = min(ALL_THREADS_TIMES * busy_s(layers)["gpu"], serial_s(layers))
+    with_all = max(combine(layers, micro_batches), in_the_way_s)
+    with_half = [replace(each, cpu_s=half_takes * each.cpu_s) if each.cpu_s else each for each in layers]
+    return min(with_all, combine(with_half, micro_batches))
 
 
 def compiling_s(settings: Any, machine: Machine) -> float | None:

@@ -140,9 +140,18 @@ CASES = (
         for accumulation in (2, 4)
     ),
     Case(engine="lsp", family="llama", settings={"d": "16", "compile": "false", "weights": "streamed"}),
+    *(
+        Case(engine=engine, family="llama", settings=settings, accumulation=accumulation)
+        for engine, settings in (
+            ("lsp", {"d": "16", "weights": "streamed"}),
+            ("exact-offload", COMPILED),
+        )
+        for accumulation in (1, 4)
+    ),
     Case(engine="exact-offload", family="llama", settings=EAGER),
     Case(engine="exact-offload", family="llama", settings={**EAGER, "gpu_blocks": "11"}),
     Case(engine="torchao-offload", family="llama"),
+    Case(engine="fsdp2-offload", family="llama"),
     Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
     Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
     Case(engine="adamw-8bit", family="llama", settings=EAGER),

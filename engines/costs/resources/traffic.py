@@ -23,6 +23,9 @@ ADAMW_KERNEL_BYTES = 26
 """The same of this program's AdamW on 16-bit weights with fp32 moments, by which machines are probed too: the
 gradient read, weight, low half of its master and moments read and written."""
 
+SPARE_THREADS = 2
+"""CPU threads that Adam leaves to those that start kernels. One starts them, one runs backward."""
+
 SWITCH_INTERVAL_S = 1e-4
 """After which a thread that waits for the interpreter's lock gets it from one that runs, where chunks are
 updated beside threads that start kernels. The CPU's wants it back after each chunk: with Python's 5 ms an

@@ -367,7 +367,7 @@ def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None
 
     of_a_micro_batch = transformer.COMPILED_LAUNCHES * 3
     for count in (1, 4):
-        assert block(count) == (0, 95 + 8)
+        assert block(count) == (0, 32)
         for none in ({"graphs": False}, {"weights": "streamed"}, {"hidden_states": "host"}):
             assert block(count, **none) == (count * of_a_micro_batch, 95)
         assert block(count, offload=False) == (count * of_a_micro_batch, 0)
@@ -664,8 +664,8 @@ def test_zo2_with_everything_resident_holds_and_draws_what_mezo_does(fold_every:
     assert counted.gpu_memory_bytes == {**mezo.gpu_memory_bytes, "buffers": 0}
     assert counted.h2d_bytes == counted.d2h_bytes == counted.pinned_bytes == 0
     assert gaussians(counted) == gaussians(mezo)
-    # Update and perturbation are one pass here, which reads the weights once instead of twice.
-    assert mezo.gpu_bytes - counted.gpu_bytes == 2 * 24 * OPT_1B.block_parameters
+    # Both update and perturb a block in one pass, which reads its weights once.
+    assert mezo.gpu_bytes == counted.gpu_bytes
 
 
 def gaussians(counted: Traffic) -> dict[str, int]:

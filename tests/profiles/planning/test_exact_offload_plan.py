@@ -90,7 +90,8 @@ def crossover(found: Plan) -> int:
 
 def test_blocks_that_the_gpu_updates_are_as_many_as_pay_and_have_room() -> None:
     """At 6.7B and 4,096 tokens the CPU decides: each such block takes some of its work. With 32 thousand it
-    does not, but for the first block's update, which nothing hides."""
+    does not, but for the first block's update, which nothing hides, and with half of its threads for some
+    blocks more."""
 
     def chosen(tokens: int, gpu_gb: int, given: dict[str, object] | None = None) -> Plan:
         return plan(tokens, given=given, chooses_gpu_blocks=True, vram_bytes=gpu_gb * GB)
@@ -110,7 +111,7 @@ def test_blocks_that_the_gpu_updates_are_as_many_as_pay_and_have_room() -> None:
     assert counts == sorted(counts)
     assert len(set(counts)) == 4
     assert times == sorted(times, key=lambda step_s: -(step_s or 0.0))
-    assert chosen(32768, 140).settings["gpu_blocks"] == 1
+    assert chosen(32768, 140).settings["gpu_blocks"] == 4
     # The user's word stays, and what it cannot go with is not chosen.
     assert chosen(4096, 140, {"gpu_blocks": 2}).settings["gpu_blocks"] == 2
     assert "gpu_blocks" not in chosen(4096, 140, {"weights": "streamed"}).settings
@@ -209,7 +210,7 @@ def large_host(total_bytes: int) -> Machine:
             80,
             {"weights": "streamed", "moments": "bf16", "hidden_states": "host"},
         ),
-        (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed", "outer": "host"}),
+        (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
         (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "outer": "host", "moments": "int8"}),
         (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
         (LLAMA_70B, 32768, 128, 141, {"weights": "streamed", "disk_blocks": 76, "disk_weights": True}),
@@ -373,8 +374,8 @@ def test_activations_are_kept_only_where_that_is_faster() -> None:
 
 
 def test_products_are_kept_where_all_activations_do_not_fit() -> None:
-    """6.7B at 32 thousand tokens a step: exact AdamW takes 2 % more than native's, by the
-    machine of the tests; 1.6 by the profile of 29 November."""
+    """6.7B at 32 thousand tokens a step: exact AdamW takes 4 % more than native's, by the machine of the
+    tests, of which updates have 7 threads; it took 2 to 4 % more with 8 to 12 (reports/results)."""
     workload = Workload(batch_size=4, seq_len=1024, accumulation=8, dtype="bf16", checkpointing=True)
 
     def step_s(engine: str, values: dict[str, object]) -> tuple[Plan, float]:
@@ -384,11 +385,11 @@ def test_products_are_kept_where_all_activations_do_not_fit() -> None:
 
     found, its_s = step_s(NAME, {})
     assert found.settings["kept_activations"] == "products"
-    assert found.settings["checkpointed_blocks"] in (0, 1)
+    assert found.settings["checkpointed_blocks"] == 3
     assert any("to keep everything there is room in" in each for each in found.reasons)
     _, native_s = step_s("native", {})
     _, before_s = step_s(NAME, {"kept_activations": "all"})
-    assert native_s > 0.975 * its_s
+    assert native_s > 0.96 * its_s
     assert native_s < 0.95 * before_s
     assert "kept_activations" not in plan(8192).settings  # where all of them fit
 

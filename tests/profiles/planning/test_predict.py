@@ -21,7 +21,13 @@ from tiny_machine import figure
 
 from engines.costs import transformer
 from engines.costs.resources.overlap import serial_s
-from engines.costs.resources.traffic import SWITCH_INTERVAL_S, LayerTraffic, Overlap, Traffic
+from engines.costs.resources.traffic import (
+    ADAMW_KERNEL_BYTES,
+    SWITCH_INTERVAL_S,
+    LayerTraffic,
+    Overlap,
+    Traffic,
+)
 from engines.costs.table import traffic
 from engines.costs.transformer import STEP_LAUNCHES
 from engines.settings.parse import parse_settings
@@ -49,7 +55,7 @@ from profiles.planning.layer_times import (
 )
 from profiles.planning.plan import Prediction
 from profiles.planning.predict import GPU_ERROR, GPU_MODEL_ERROR, LAUNCH_ERROR, predict
-from profiles.rates import FORWARD_LAUNCH_S, matmul, with_launches_of
+from profiles.rates import FORWARD_LAUNCH_S, THREAD_BYTES_PER_S, half_threads_times, matmul, with_launches_of
 
 TRAINING = Workload(batch_size=4, seq_len=1024, dtype="bf16")
 FORWARD_ONLY = Workload(batch_size=1, seq_len=2048, dtype="fp16")
@@ -322,6 +328,39 @@ def test_lsp_is_predicted_by_the_compiled_adamw_where_that_was_measured() -> Non
     assert cpu_s(compiled) == pytest.approx(elements / rate * 20 / 26)
     assert H200.cpu.adam_elements_per_s.value is not None
     assert cpu_s(H200) == pytest.approx(elements / H200.cpu.adam_elements_per_s.value * 20 / 28)
+
+
+@pytest.mark.parametrize(
+    ("gpu_s", "adam_s", "taken_s"),
+    [
+        (1.0, 0.3, 1.0),  # hidden by half of the threads
+        (1.0, 0.65, 1.083),  # half of them, which take 5 / 3 as long
+        (1.0, 0.9, 1.2),  # all, in the way of those that start the GPU's work
+        (0.1, 2.0, 2.0),
+    ],
+)
+def test_updates_run_on_half_of_the_threads_unless_all_are_faster(
+    gpu_s: float, adam_s: float, taken_s: float
+) -> None:
+    rate = 5 / 3 * 9 * THREAD_BYTES_PER_S / ADAMW_KERNEL_BYTES
+    cpu = replace(H200.cpu, cores_usable=20, adamw_kernel_elements_per_s=measured(rate))
+    machine = replace(H200, cpu=cpu)
+    copied = H200.gpu.copy_bytes_per_s.value if H200.gpu is not None else None
+    assert copied is not None
+    blocks = 1000
+    each = LayerTraffic(
+        name="block", gpu_bytes=gpu_s * copied / blocks, cpu_adam_elements=int(adam_s * rate / blocks)
+    )
+    cost = Traffic(
+        layers=(each,) * blocks,
+        gpu_memory_bytes={},
+        host_memory_bytes={},
+        overlap="blockwise",
+        cpu_adamw_kernel_factor=1.0,
+    )
+    assert predict(cost, machine, SMALL).step_s == pytest.approx(taken_s, rel=0.01)
+    others = replace(cost, cpu_adamw_kernel_factor=None, cpu_adam_factor=1.0)
+    assert half_threads_times(machine, others) == 1.0
 
 
 def _cost(engine: str) -> Traffic:
@@ -648,7 +687,8 @@ def test_torch_reserves_no_more_than_the_gpu_has_for_it() -> None:
 @pytest.mark.parametrize("engine", ["exact-offload", "lsp", "native"])
 def test_parts_of_the_gpus_time_add_up_to_it(engine: str, tokens: int, waits: bool) -> None:
     workload = Workload(batch_size=1, seq_len=tokens, dtype="bf16")
-    cost = traffic(engine, DEEPSEEK_7B, workload, parse_settings(engine, {}))
+    values = {"graphs": "false"} if engine == "exact-offload" else {}
+    cost = traffic(engine, DEEPSEEK_7B, workload, parse_settings(engine, values))
     parts, times = gpu_parts(cost, H200, workload), resource_s(cost, H200, workload)
     assert parts is not None
     assert times is not None
