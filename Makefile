@@ -28,7 +28,11 @@ format: $(VENV)/.installed
 benchmark: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only
 
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+# pip compiles file by file; this takes all cores, and leaves out the libraries' own tests. What is written for
+# another Python has errors.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 -x 'site-packages/.*/tests?/' $(VENV)/lib || true
 
 # What the program needs, and LoRA, which a first comparison should have. torch comes first and alone: a
 # machine with a CPU build at hand then keeps it.
@@ -36,11 +40,13 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch -c constraints.txt
 	$(PIP) -e '.[lora]' -c constraints.txt
+	$(COMPILE)
 	touch $@
 
 # What its tests need beside that.
 $(VENV)/.installed: $(VENV)/.runs
 	$(PIP) -e '.[dev]' -c constraints.txt
+	$(COMPILE)
 	touch $@
 
 clean:
