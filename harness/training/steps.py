@@ -148,15 +148,7 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
 
     Raises `KeyboardInterrupt` after the first signal, the run being left so that it can be resumed.
     """
-    job, updates, progress = course.job, course.updates, course.progress
-
-    def save(step: int) -> None:
-        """A full checkpoint, unless the log is one and no other was asked for."""
-        if updates is not None:
-            updates.sync()  # or a power cut could leave a log that ends before the checkpoint
-        if course.save_every or updates is None:
-            restore.write_checkpoint(engine, course.out, step)
-
+    job, progress = course.job, course.progress
     path = course.out / restore.LOSS_LOG
     stop = _StopAfterStep()
     _remember(course, path)
@@ -167,31 +159,16 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
         for step in range(done, job.steps):
             if course.ends_early:
                 break
-            batches = course.data.step_batches(step)
-            began = now_s()
-            course.world.broadcast(STEP)
-            stats = engine.step(batches)
-            if not math.isfinite(stats.loss):
-                raise NonFiniteLoss(f"the loss of step {step} is {stats.loss}")
-            course.times_s.append(now_s() - began)
-            course.losses.append(stats.loss)
-            course.tokens.append(real_tokens(batches))
-            # In this order: a kill between the two leaves a line too many, which resuming takes away.
-            _write(log, step=step + 1, loss=stats.loss)
-            if updates is not None:
-                if not stats.updates:
-                    raise RuntimeError(f"{engine.name} reported no update of step {step}")
-                updates.append(*stats.updates)
-            course.done = step + 1
-            progress.update("training", step + 1, job.steps, note=_note(course, stats.loss))
-            board("train/loss", stats.loss, step + 1)
+            loss = _take_step(engine, course, log, step)
+            progress.update("training", step + 1, job.steps, note=_note(course, loss))
+            board("train/loss", loss, step + 1)
             if step + 1 < job.steps and course.is_due(step + 1):
                 _evaluate(engine, course, log, board, step + 1)
             if stop.asked:
-                save(step + 1)
+                _save(engine, course, step + 1)
                 _stop(course.out, step + 1, job.steps, progress)
             if course.save_every and (step + 1) % course.save_every == 0:
-                save(step + 1)
+                _save(engine, course, step + 1)
         if course.ends_early:
             best = course.best
             at = "" if best is None else f", the best being that after {best.step} steps"
@@ -201,8 +178,37 @@ def run_steps(engine: Engine, course: Course, done: int) -> None:
         else:
             _evaluate(engine, course, log, board, job.steps)
         if stop.asked:
-            save(course.done)
+            _save(engine, course, course.done)
             _stop(course.out, course.done, job.steps, progress)
+
+
+def _take_step(engine: Engine, course: Course, log: IO[str], step: int) -> float:
+    """One step, which is in the logs then; its loss. Raises `NonFiniteLoss`."""
+    batches = course.data.step_batches(step)
+    began = now_s()
+    course.world.broadcast(STEP)
+    stats = engine.step(batches)
+    if not math.isfinite(stats.loss):
+        raise NonFiniteLoss(f"the loss of step {step} is {stats.loss}")
+    course.times_s.append(now_s() - began)
+    course.losses.append(stats.loss)
+    course.tokens.append(real_tokens(batches))
+    # In this order: a kill between the two leaves a line too many, which resuming takes away.
+    _write(log, step=step + 1, loss=stats.loss)
+    if course.updates is not None:
+        if not stats.updates:
+            raise RuntimeError(f"{engine.name} reported no update of step {step}")
+        course.updates.append(*stats.updates)
+    course.done = step + 1
+    return stats.loss
+
+
+def _save(engine: Engine, course: Course, step: int) -> None:
+    """A full checkpoint, unless the log of updates is one and no other was asked for."""
+    if course.updates is not None:
+        course.updates.sync()  # or a power cut could leave a log that ends before the checkpoint
+    if course.save_every or course.updates is None:
+        restore.write_checkpoint(engine, course.out, step)
 
 
 def _note(course: Course, loss: float) -> str:
@@ -231,7 +237,7 @@ def _evaluate(engine: Engine, course: Course, log: IO[str], board: Callable[...,
     course.last = found
     metric = metrics.chosen_metric(course.job.best_by, found)
     more = {f"eval_{name}": value for name, value in found.items() if name not in ("loss", "accuracy")}
-    _take(course, step, metric, found[metric])
+    _count_evaluation(course, step, metric, found[metric])
     if course.job.eval_every and step and course.best is not None and course.best.step == step:
         _keep_best(course, step)
     _write(log, step=step, eval_loss=result.loss, eval_accuracy=result.accuracy, **more)
@@ -241,8 +247,8 @@ def _evaluate(engine: Engine, course: Course, log: IO[str], board: Callable[...,
         board(f"held-out/{name}", value, step)
 
 
-def _take(course: Course, step: int, metric: str, value: float) -> None:
-    """Whether it is the best, or one more that is not. What was before training is no model to keep."""
+def _count_evaluation(course: Course, step: int, metric: str, value: float) -> None:
+    """As the best, or as one more that is not. What was before training is no model to keep."""
     if step == 0:
         return
     if metrics.is_better(metric, value, None if course.best is None else course.best.value):
@@ -257,7 +263,7 @@ def _remember(course: Course, path: Path) -> None:
         found = {name.removeprefix("eval_"): value for name, value in values.items() if name != "step"}
         course.last = found
         metric = metrics.chosen_metric(course.job.best_by, found)
-        _take(course, int(values["step"]), metric, found[metric])
+        _count_evaluation(course, int(values["step"]), metric, found[metric])
 
 
 def _keep_best(course: Course, step: int) -> None:
