@@ -26,6 +26,7 @@ from profiles.planning.gpu_room import (
     with_gpu_blocks,
 )
 from profiles.planning.moments import faster_moments
+from profiles.planning.streaming_price import with_price_of_streaming
 from profiles.units import format_bytes, format_seconds
 
 _Place = Literal["gpu", "host"]
@@ -55,6 +56,19 @@ WAYS_OUT = (
 
 
 def choose(context: PlanningContext, given: GivenSettings) -> Choice:
+    """Exact moments where they fit, and CUDA graphs; of streamed weights, what that costs."""
+    return with_price_of_streaming(context, given, _captured_or_not(context, given), _resident, ())
+
+
+def _resident(context: PlanningContext, given: GivenSettings) -> ExactOffloadSettings:
+    """As chosen for weights that stay on the GPU, whether they fit there or not."""
+    typed: ExactOffloadSettings = _captured_or_not(
+        context, given.completed(weights="resident")
+    ).settings.typed
+    return typed
+
+
+def _captured_or_not(context: PlanningContext, given: GivenSettings) -> Choice:
     """CUDA graphs, unless their pool leaves too little room."""
     if context.machine.gpu is None:
         chosen = {name: False for name in ("compile", "graphs") if name not in given}
@@ -154,6 +168,11 @@ def _why(
     if key in ("weights", "disk_blocks"):
         changes["disk_weights"] = False  # which asks for both
     without = replace(found, **changes)
+    if key in ("weights", "outer") and context.why_missing(without) is not None:  # the other may make room
+        changes |= {"moments": found.moments, "disk_blocks": found.disk_blocks, "disk_weights": False}
+        its = given.completed(**changes)
+        others = (without, _fitting(context, its, its.typed))
+        without = min(others, key=context.missing_bytes)
     missing = context.why_missing(without)
     if missing is not None and "graphs" not in given:  # which give way
         without = replace(without, graphs=False)

@@ -5,7 +5,7 @@ Closed forms throughout: `profiles.planning.predict`. Sizes that are considered:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from engines.costs.resources.traffic import Traffic
@@ -13,10 +13,11 @@ from engines.settings.given import GivenSettings, Value
 from engines.settings.lsp import LSP_PRESETS, LspSettings, sizes_by_shape
 from engines.settings.lsp_layout import compresses, core_elements, core_size
 from profiles.planning.budget import gpu_bytes_needed, shortages
-from profiles.planning.context import BESIDE_GPU, NO_PRICE, Choice, PlanningContext, SettingChange
+from profiles.planning.context import BESIDE_GPU, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
-from profiles.planning.moments import WORTH_SAYING, faster_moments
+from profiles.planning.moments import faster_moments
 from profiles.planning.recomputation import fewest_recomputed
+from profiles.planning.streaming_price import with_price_of_streaming
 from profiles.planning.subspace_sizes import hides, largest_hidden, lsp_ladder
 from profiles.units import format_seconds
 
@@ -42,7 +43,7 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     found = _choose_for_weights(context, given, placed)
     settings: LspSettings = found.settings.typed
     if placed.reasons:
-        return _with_price_of_streaming(context, given, found)
+        return with_price_of_streaming(context, given, found, _resident, WAYS_OUT)
     if "weights" in given or context.machine.gpu is None or not settings.offload or settings.residual:
         return found
     again = settings.recomputed(context.shape.num_blocks, checkpointing=context.workload.checkpointing)
@@ -65,51 +66,11 @@ def choose(context: PlanningContext, given: GivenSettings) -> Choice:
     return Choice(other.settings, (why, *other.reasons))
 
 
-def _with_price_of_streaming(context: PlanningContext, given: GivenSettings, streamed: Choice) -> Choice:
-    """`streamed`, whose first reason says what memory is missing for weights on the GPU, with what a step
-    would take if there were room, and the nearest change that makes room, where a step is faster so."""
-
-    def resident(context: PlanningContext, given: GivenSettings) -> LspSettings:
-        stay = given.completed(weights="resident")
-        typed: LspSettings = _choose_for_weights(context, stay, Choice(stay)).settings.typed
-        return typed
-
-    before = context.step_s(streamed.settings.typed)
-    least = context.step_s(resident(context, given))
-    if context.why_missing(streamed.settings.typed) is not None or before is None or least is None:
-        return streamed
-    if least > WORTH_SAYING * before:
-        return streamed
-    why, *others = streamed.reasons
-    why += f"; streaming makes a step {format_seconds(before)} in place of {format_seconds(least)}"
-    for other, changed, text, price in _nearest_changes(context, given):
-        settings = resident(other, changed)
-        after = other.step_s(settings)
-        if other.why_missing(settings) is None and after is not None and after <= WORTH_SAYING * before:
-            others.append(
-                f"not chosen unless set: with {text} the weights stay on the GPU, and a step takes "
-                f"{format_seconds(after)}; price: {price}"
-            )
-            break
-    return Choice(streamed.settings, (why, *others))
-
-
-def _nearest_changes(
-    context: PlanningContext, given: GivenSettings
-) -> Iterator[tuple[PlanningContext, GivenSettings, str, str]]:
-    """Changes that leave more room on the GPU, what to type for each, and its price: first those with which a
-    step computes the same, then those of the method."""
-    work = context.workload
-    for size in range(work.batch_size - 1, 0, -1):
-        if work.batch_size % size == 0:
-            count = work.accumulation * (work.batch_size // size)
-            smaller = replace(context, workload=replace(work, batch_size=size, accumulation=count))
-            flags = f"--batch-size {size} --accumulation {context.ranks * count}"
-            yield smaller, given, flags, NO_PRICE
-    for change in WAYS_OUT:
-        if not any(key in given for key in change.values):
-            flags = " ".join(f"{key}={str(value).lower()}" for key, value in change.values.items())
-            yield context, given.completed(**change.values), flags, change.quality
+def _resident(context: PlanningContext, given: GivenSettings) -> LspSettings:
+    """As chosen for weights that stay on the GPU, whether they fit there or not."""
+    stay = given.completed(weights="resident")
+    typed: LspSettings = _choose_for_weights(context, stay, Choice(stay)).settings.typed
+    return typed
 
 
 def _choose_for_weights(context: PlanningContext, given: GivenSettings, placed: Choice) -> Choice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from known_shapes import DEEPSEEK_1B, DEEPSEEK_7B, H200, OPT_13B, llama, measured
@@ -13,6 +14,7 @@ from settings_given import given_for_each
 from engines.costs.table import traffic
 from engines.settings.parse import parse_settings
 from engines.shapes import ModelShape, Workload
+from profiles.catalog import find_profile
 from profiles.machine import Disk, Machine
 from profiles.planning.budget import budget_of, gpu_bytes_needed
 from profiles.planning.plan import Plan
@@ -253,6 +255,47 @@ def test_weights_are_streamed_only_where_the_gpu_cannot_hold_them() -> None:
     assert (least.fits, least.settings["weights"], "moments" in least.settings) == (False, "streamed", False)
     given: dict[str, object] = {"weights": "resident"}
     assert not plan(4096, given=given, vram_bytes=16 * GB).fits
+
+
+RTX_4090 = find_profile(Path("rtx-4090"))
+
+
+def behind_a_slow_link(bytes_per_s: float) -> Machine:
+    """An RTX 4090 in a box of its own."""
+    names = ("h2d_pinned", "d2h_pinned", "h2d_duplex", "d2h_duplex")
+    link = RTX_4090.link
+    assert link is not None
+    slow = {f"{name}_bytes_per_s": measured(bytes_per_s) for name in names}
+    return replace(RTX_4090, link=replace(link, **slow))
+
+
+def test_why_weights_stream_is_that_the_other_settings_make_no_room() -> None:
+    """'Without it the job needs 34.7 GiB' was of a plan whose head stayed on the GPU: with outer=host the
+    weights fit, and a step is slower, as the reasons say of this job on the same card behind a slow link."""
+    wide = with_vocabulary(128_256)
+    found = plan(4096, wide, machine=RTX_4090)
+    (why,) = [each for each in found.reasons if each.startswith("weights=streamed")]
+    its, other = (step_s(plan(4096, wide, given, RTX_4090)) for given in ({}, {"weights": "resident"}))
+    assert why == (
+        "weights=streamed: with the room that it leaves a step takes "
+        f"{format_seconds(its)}, without it {format_seconds(other)}"
+    )
+
+
+def test_what_streaming_costs_is_told_where_it_costs_much() -> None:
+    """13 B parameters have no room on 24 GB whatever else is chosen."""
+    slow = behind_a_slow_link(1e9)
+    found = plan(16384, OPT_13B, {"moments": "fp32"}, slow, host_bytes=400 * GB)
+    (why,) = [each for each in found.reasons if each.startswith("weights=streamed")]
+    assert re.search(r"GPU memory.* missing; streaming makes a step .* s in place of .* s$", why), why
+    quick = plan(16384, OPT_13B, {"moments": "fp32"}, RTX_4090, host_bytes=400 * GB)
+    assert not any("streaming makes" in each for each in quick.reasons)
+
+
+def step_s(found: Plan) -> float:
+    assert found.fits
+    assert found.prediction.step_s is not None
+    return found.prediction.step_s
 
 
 def test_a_larger_card_is_no_slower() -> None:
