@@ -25,8 +25,7 @@ from profiles.planning.gpu_room import (
     weight_slots_for_room,
     with_gpu_blocks,
 )
-from profiles.planning.moments import faster_moments
-from profiles.planning.streaming_price import with_price_of_streaming
+from profiles.planning.not_chosen import faster_moments, with_price_of_streaming
 from profiles.units import format_bytes, format_seconds
 
 _Place = Literal["gpu", "host"]

@@ -15,9 +15,8 @@ from engines.settings.lsp_layout import compresses, core_elements, core_size
 from profiles.planning.budget import gpu_bytes_needed, shortages
 from profiles.planning.context import BESIDE_GPU, Choice, PlanningContext, SettingChange
 from profiles.planning.lsp_quality import quality_reasons
-from profiles.planning.moments import faster_moments
+from profiles.planning.not_chosen import faster_moments, with_price_of_streaming
 from profiles.planning.recomputation import fewest_recomputed
-from profiles.planning.streaming_price import with_price_of_streaming
 from profiles.planning.subspace_sizes import hides, largest_hidden, lsp_ladder
 from profiles.units import format_seconds
 

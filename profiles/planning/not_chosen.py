@@ -1,5 +1,5 @@
-"""What it costs a step that weights stream, where they have no room on the GPU, and the nearest change that
-makes room. Pure; no torch."""
+"""What plans say of settings that they do not choose, as these cost something else: moments of fewer bits are
+approximate; weights that stay on the GPU want room there. Pure; no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,37 @@ from typing import Any
 
 from engines.settings.given import GivenSettings
 from profiles.planning.context import NO_PRICE, Choice, PlanningContext, SettingChange
-from profiles.planning.moments import WORTH_SAYING
 from profiles.units import format_seconds
+
+CPU_BOUND = frozenset({"cpu", "host memory"})
+"""What a step waits for where moments of fewer bytes help."""
+
+WORTH_SAYING = 0.95
+"""A step that takes more than this share of the one that is planned is not worth a word."""
 
 STREAMED = "weights=streamed: without it the job "
 """How the reason begins that says what memory is missing for weights on the GPU."""
+
+
+def faster_moments(context: PlanningContext, settings: Any, kinds: Sequence[str]) -> str | None:
+    """A plan's sentence on the first of `kinds` that makes a step faster which waits for the CPU's update;
+    `None`: it waits for something else. Those count that are more approximate than the moments of
+    `settings`."""
+    if context.machine.gpu is None:
+        return None
+    if settings.moments in kinds:
+        kinds = kinds[kinds.index(settings.moments) + 1 :]
+    now = context.predict(settings)
+    if now.step_s is None or now.bottleneck not in CPU_BOUND:
+        return None
+    for kind in kinds:
+        step_s = context.step_s(replace(settings, moments=kind))
+        if step_s is not None and step_s <= WORTH_SAYING * now.step_s:
+            return (
+                f"not chosen unless set: moments={kind}, which is approximate, would make it "
+                f"{format_seconds(step_s)} a step in place of {format_seconds(now.step_s)}"
+            )
+    return None
 
 
 def with_price_of_streaming(
