@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
-from harness.sharing.like_machines import SHARED, beside_catalogue, beside_like_machines
+from engines import public_engines
+from engines.settings.parse import parse_settings
+from harness.sharing.like_machines import OTHER_WORK, SHARED, beside_catalogue, beside_like_machines
 from harness.sharing.reading import shared_results
 from harness.sharing.shared_result import SharedMachine, SharedMethod, Submission
 from profiles.language import speaking, translated
@@ -78,3 +80,9 @@ def test_machines_of_the_catalogue_are_held_against_what_was_shared_with_their_c
 
 def test_the_first_set_of_shared_results_is_read() -> None:
     assert len(shared_results(SHARED)) >= 7
+
+
+def test_settings_that_make_other_work_are_settings() -> None:
+    """A name of an earlier version would find nothing, and call everything alike."""
+    known = {field.name for engine in public_engines() for field in fields(parse_settings(engine, {}))}
+    assert set(OTHER_WORK) <= known
