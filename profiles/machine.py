@@ -99,7 +99,7 @@ class Gpu:
     """What a process takes of the GPU beside torch's memory: CUDA's context, its libraries and kernels. Where
     it is measured, `free_bytes` is what was free before the probe had one."""
     workspace_bytes: Figure = NOT_PROBED
-    """What torch reserves for the workspaces of matrix products, beside tensors."""
+    """What torch has for a workspace of matrix products, beside tensors."""
     sm_clock_max_hz: float | None = None
     ecc_enabled: bool | None = None
     mig_enabled: bool | None = None

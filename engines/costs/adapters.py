@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engines.costs import transformer
-from engines.costs.memory import activations
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.resources.traffic import Traffic
 from engines.costs.transformer import BlockPasses
@@ -21,9 +20,12 @@ ADAPTER_BYTES_PER_VALUE = 20
 """GPU memory traffic of an adapted layer for each value that enters or leaves it, forward: the input cast up
 and down, the sum cast."""
 
-ADAPTER_KEEPS = 0.1
-"""What adapters in compiled blocks keep for the backward pass, as a share of what the blocks keep: 0.06 at
-1.3B and 0.12 at Qwen2.5 1.5B, one H200."""
+KEPT_BY_ADAPTERS_COMPILED = 2
+"""What adapters in compiled blocks keep for the backward pass, bytes for each token and hidden element beside
+what comes out of their first products: one more tensor in 16 bits. OPT's activation keeps where it was
+positive as well, a byte for each wide element, and blocks whose last operation is a norm have what enters
+both in fp32 (`KEPT_IN_FP32`), which autocast runs so on a GPU. As the compiler divides them
+(`tests/engines/costs/test_adapter_costs.py`)."""
 
 KEPT_BY_ADAPTERS, KEPT_BY_ADAPTERS_OF_OPT = 4, 12
 """The same in blocks that are not compiled, bytes for each token and hidden element: every adapter keeps its
@@ -85,20 +87,24 @@ def _in_block_bytes(adapted: Sequence[MatrixShape], workload: Workload, how: Blo
 
 
 def _kept_by_adapters(
-    shape: ModelShape, workload: Workload, adapted: Sequence[MatrixShape], how: BlockPasses
+    shape: ModelShape, workload: Workload, adapted: Sequence[MatrixShape], rank: int, how: BlockPasses
 ) -> int:
-    """GPU memory of what adapters keep in blocks that do not run again, all blocks of one micro-batch."""
+    """GPU memory of what adapters of that rank keep in blocks that do not run again, all blocks of one
+    micro-batch."""
     recomputed = min(how.recomputed, shape.num_blocks)
+    tokens = workload.batch_size * workload.seq_len
     if how.compiled:
-        kept = activations.saved_activation_bytes(shape, workload, how)
-        return int(ADAPTER_KEEPS * (kept - recomputed * workload.hidden_bytes(shape)))
+        element = BYTES_PER_ELEMENT[workload.dtype]
+        of_token = KEPT_BY_ADAPTERS_COMPILED * shape.hidden + element * rank * len(adapted)
+        of_token += shape.intermediate * (shape.family == "opt")
+        of_token += KEPT_IN_FP32 * shape.hidden * (element < 4 and transformer.normalizes_last(shape))
+        return (shape.num_blocks - recomputed) * tokens * of_token * bool(adapted)
     if BYTES_PER_ELEMENT[workload.dtype] == 4:
         return 0
     per_element = KEPT_BY_ADAPTERS_OF_OPT if shape.family == "opt" else KEPT_BY_ADAPTERS
     if not shape.gated_mlp:
         per_element += KEPT_IN_FP32_OF_GPT2 if transformer.has_long_activation(shape) else KEPT_IN_FP32
     share = sum(m.columns for m in adapted) / max(1, sum(m.columns for m in shape.matrices))
-    tokens = workload.batch_size * workload.seq_len
     return int((shape.num_blocks - recomputed) * tokens * shape.hidden * per_element * share)
 
 
@@ -175,7 +181,7 @@ def _traffic(
                 "adapters": 4 * total,
                 "optimizer": 8 * total,
                 "buffers": wide,
-                "kept by adapters": _kept_by_adapters(shape, workload, adapted, how),
+                "kept by adapters": _kept_by_adapters(shape, workload, adapted, settings.r, how),
             },
             gradients=4 * total,
             passes=how,

@@ -333,7 +333,7 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         {
             "gradients": held["gradients"] + non_block,
             "activations": saved + between,
-            "logits": logits + tuning,
+            "logits": logits + int(loss.TUNED_AT_A_LOSS * tuning),
         },
         # The head's own gradient is made before it is added to what is there.
         {
@@ -352,19 +352,16 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
         },
     )
     kinds = [{**held, **moment} for moment in moments]
-    stays, apart = 0, activations.apart_bytes(kinds)
+    pool, stays, apart = 0, 0, activations.apart_bytes(kinds)
     if settings.captures:
-        stays, apart = _apart_of_pool(moments, made)
-        # What enters the first block, the gradients that enter the last, and pieces as in the other pool.
-        stays += 2 * between + PIECES_BYTES
-    apart = int(UNSHARED * apart)
+        pool, apart = _apart_of_pool(moments, made)
+        pool += 2 * between  # what enters the first block, and the gradients that enter the last
+        stays = PIECES_BYTES  # as in the other pool
     if not on_gpu:
         stays += lost_in_head_gradient(shape, workload)
-    most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
+    most = activations.peak_moment(kinds)
     return GpuMemory(
-        gpu_memory_bytes=most,
-        gpu_apart_bytes=apart,
-        gpu_returned_bytes=returned,
+        **with_trial(shape, workload, most, pool=pool, stays=stays, returned=int(UNSHARED * apart)),
         gpu_margin=MARGIN_CAPTURED if settings.captures else MARGIN,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(passes),

@@ -41,6 +41,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
     # Parameters come up in one piece, on a stream of its own, and are copied to where they are used: what is
     # outside the blocks, and a block. torch gives memory of one stream to no other.
     memory["gpu_apart_bytes"] += element * (non_block + block)
+    memory["gpu_pool_bytes"] += element * (non_block + block)
     return Traffic(
         layers=tuple(layers),
         **memory,

@@ -37,6 +37,11 @@ TUNING_BYTES = 63_000_000
 """GPU memory with which torch's compiler clears the second-level cache while it times kernels that it has
 just made: as large as that, 60 MiB on an H200. It is there in the first step, where a region first runs."""
 
+TUNED_AT_A_LOSS = 0.5
+"""Of that, what counts where the loss of all positions is compiled and engines keep no optimizer on the GPU:
+of six jobs of `exact-offload` four had the whole loss without it and one with it
+(`tests/studies/prediction_grid_h200`, `_expandable`). Which kernels are timed is the compiler's choice."""
+
 PADDED_TO = 8
 """Elements of 16 bits to which torch's compiler may pad the sides of a product. It times both ways where a
 side is off that grid."""

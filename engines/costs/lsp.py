@@ -364,16 +364,14 @@ def _gpu_memory(
     apart = activations.apart_bytes(kinds)
     if settings.block_major:  # a block's passes find the places that the logits have left
         apart = int(UNSHARED * apart)
-    stays = _pool_bytes(shape, workload, settings)
+    stays = 0
     if settings.train_outer and trained_bytes:
         stays += lost_in_head_gradient(shape, workload)
     if settings.streams and stays_in_logits(shape, workload):
         stays, apart = stays + apart, 0
-    most, apart, returned = with_trial(shape, workload, activations.peak_moment(kinds), stays, apart)
+    pool, most = _pool_bytes(shape, workload, settings), activations.peak_moment(kinds)
     return GpuMemory(
-        gpu_memory_bytes=most,
-        gpu_apart_bytes=apart,
-        gpu_returned_bytes=returned,
+        **with_trial(shape, workload, most, pool=pool, stays=stays, returned=apart),
         gpu_margin=MARGIN,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(lsp_passes(shape, workload, settings)),

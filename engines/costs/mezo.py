@@ -378,6 +378,7 @@ def gpu_memory(
     return GpuMemory(
         gpu_memory_bytes=peak,
         gpu_apart_bytes=int(apart),
+        gpu_pool_bytes=int(apart) if as_graphs else 0,
         gpu_returned_bytes=0,
         gpu_margin=MARGIN,
         gpu_without_triton_bytes=more,

@@ -199,6 +199,7 @@ def training_memory(
     return GpuMemory(
         gpu_memory_bytes=activations.peak_moment(moments),
         gpu_apart_bytes=apart,
+        gpu_pool_bytes=0,
         gpu_returned_bytes=returned,
         gpu_margin=margin,
         gpu_without_triton_bytes=0,

@@ -98,8 +98,9 @@ def workspace_bytes(_: float) -> Figure:
     product(SUSTAINED_DTYPE, WORKSPACE_SIZE)()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    held = float(torch.cuda.memory_reserved())
-    return figure([held], "what torch keeps reserved after a matrix product, its tensors freed")
+    # Not what is reserved, whose pages a workspace has in part (`profiles.system.gpu_allocator`).
+    held = float(torch.cuda.memory_allocated())
+    return figure([held], "what torch keeps allocated after a matrix product, its tensors freed")
 
 
 def open_gpu() -> NvmlDevice | None:

@@ -74,10 +74,11 @@ from harness.runs.processes import child_environment  # noqa: E402
 from harness.runs.worker import Request  # noqa: E402
 from profiles.documents import adapter, to_json, write_whole  # noqa: E402
 from profiles.machine import Figure, Machine, load_machine, save_machine  # noqa: E402
-from profiles.planning.budget import budget_of, taken_bytes  # noqa: E402
+from profiles.planning.budget import Budget, budget_of, taken_bytes  # noqa: E402
 from profiles.planning.plan import Plan  # noqa: E402
 from profiles.planning.predict import predict  # noqa: E402
 from profiles.rates import with_launches_of  # noqa: E402
+from profiles.system.gpu_allocator import is_expandable  # noqa: E402
 from profiles.system.nvml import open_device  # noqa: E402
 from profiles.units import parse_bytes  # noqa: E402
 
@@ -518,7 +519,7 @@ def row_of(record: Run, machine: Machine) -> Row:
     if record.emulation is not None:
         machine = with_link(machine, record.emulation.rates.h2d_bytes_per_s)
     cost = cost_of(record, job)
-    budget = budget_of(machine, job.limits.vram_bytes, None, None)
+    budget = budget_as_run(record, machine, job.limits.vram_bytes)
     now, measured = predict(cost, machine, job.workload), record.summary
     took_s, its_s = measured.step_s_median, started_s(record, machine)
     at_its_speed_s = None
@@ -550,6 +551,12 @@ def row_of(record: Run, machine: Machine) -> Row:
         if now.peak_host_bytes > LEAST_HOST_BYTES and record.time >= COUNTED_ONCE_FROM
         else None,
     )
+
+
+def budget_as_run(record: Run, machine: Machine, vram_bytes: int | None) -> Budget:
+    """With torch's allocator as the run had it."""
+    told = is_expandable(record.environment.gpu_allocator)
+    return budget_of(machine, vram_bytes, None, None, expandable=told)
 
 
 def needs_as_today(record: Run) -> bool:

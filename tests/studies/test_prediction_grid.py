@@ -20,12 +20,13 @@ from harness.records.job import make_job
 from harness.records.run import Run, Summary, load_run
 from harness.runs.launch import Outcome
 from profiles.machine import load_machine
-from profiles.planning.budget import Budget, budget_of, gpu_bytes_needed
+from profiles.planning.budget import Budget, gpu_bytes_needed
 from tests.studies.prediction_grid import (
     QUANTITIES,
     Row,
     Running,
     Server,
+    budget_as_run,
     compile_apart,
     cost_of,
     errors_of,
@@ -50,17 +51,18 @@ WHEN = (
     "_second_evening",
     "_third_evening",
     "_fourth_evening",
+    "_expandable",
 )
 FOLDERS = tuple(Path(__file__).parent / f"prediction_grid_h200{when}" for when in WHEN)
 """Cells of 29 and 30 November 2026 on H200 machines. Constants were changed after a look at each, as the
 README of the first says."""
 
-CELLS = 548
-RAN_OUT = 149
+CELLS = 577
+RAN_OUT = 158
 """Of memory."""
 NOW = {
     "step": (39, 0.0227, 0.1131),
-    "reserved GPU memory": (196, 0.0285, 0.0823),
+    "reserved GPU memory": (196, 0.028, 0.075),
     "host memory": (73, 0.0207, 0.0404),
 }
 """Cells, median error and within what nine in ten are, of all folders but those below; a better model makes
@@ -79,24 +81,26 @@ DRAWN = {
         "host memory": (3, 0.0151, 0.0372),
     },
     "_third_evening": {
-        "reserved GPU memory": (19, 0.0244, 0.1478),
+        "reserved GPU memory": (19, 0.0217, 0.1478),
         "host memory": (4, 0.046, 0.0632),
     },
     "_fourth_evening": {
         "step": (18, 0.0627, 0.1579),
         "step, with these launches": (18, 0.0711, 0.2294),
-        "reserved GPU memory": (18, 0.0438, 0.1563),
+        "reserved GPU memory": (18, 0.0419, 0.152),
         "host memory": (2, 0.0453, 0.0608),
     },
+    "_expandable": {
+        "reserved GPU memory": (20, 0.014, 0.0462),
+        "host memory": (3, 0.059, 0.0601),
+    },
 }
-"""The same of folders whose cells were drawn by lot, each by itself."""
-NOT_UNDERSTOOD = {"qlora-opt-350m-4x512-kept-edge"}
-"""It ran out and would be called fitting again, within 0.5 % of its limit (README of the last folder)."""
+"""The same of folders whose cells were drawn by lot, and of that with expandable segments, each by itself."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
-UNFIT_BUT_RAN = 4
-"""Runs of 196 that would be refused today with as much memory as they had, or with a twentieth more."""
+UNFIT_BUT_RAN = 3
+"""Runs of 218 that would be refused today with as much memory as they had, or with a twentieth more."""
 
 
 @cache
@@ -110,9 +114,10 @@ def rows() -> list[Row]:
 
 def records() -> list[tuple[Run, Budget]]:
     return [
-        (load_run(path), budget_of(load_machine(folder / "machine.json"), None, None, None))
-        for folder in FOLDERS
+        (record, budget_as_run(record, machine, None))
+        for folder, machine in ((each, load_machine(each / "machine.json")) for each in FOLDERS)
         for path in sorted((folder / "runs").glob("*.json"))
+        for record in [load_run(path)]
     ]
 
 
@@ -156,7 +161,7 @@ def test_nine_in_ten_steps_take_what_their_range_says() -> None:
 
 
 def test_what_ran_out_of_memory_is_not_called_fitting_any_more() -> None:
-    """With the settings and the limit that it had; but for one."""
+    """With the settings and the limit that it had."""
     ran_out = [
         (record, budget)
         for record, budget in records()
@@ -164,9 +169,7 @@ def test_what_ran_out_of_memory_is_not_called_fitting_any_more() -> None:
     ]
     assert len(ran_out) == RAN_OUT
     still = {record.id: limit_share(record, budget) for record, budget in ran_out}
-    still = {name: share for name, share in still.items() if share <= 1}
-    assert still.keys() == NOT_UNDERSTOOD
-    assert min(still.values()) > 0.995
+    assert {name: share for name, share in still.items() if share <= 1} == {}
 
 
 def test_little_that_ran_would_be_refused() -> None:
@@ -255,4 +258,4 @@ def test_the_table_is_made_by_one_command() -> None:
     done = subprocess.run(
         [sys.executable, str(script), "table", *map(str, FOLDERS)], capture_output=True, text=True, check=True
     )
-    assert "| reserved GPU memory | 289 |" in done.stdout
+    assert "| reserved GPU memory | 309 |" in done.stdout

@@ -177,7 +177,7 @@ def predicted(row: Row) -> float:
     machine, shape = find_profile(Path(row.machine)), named_shape(row.model)
     context = PlanningContext(
         engine=row.engine, machine=machine, shape=shape, workload=row.workload,
-        budget=budget_of(machine, None, None, None),
+        budget=budget_of(machine, None, None, None, expandable=False),  # as others' programs have it
     )  # fmt: skip
     given = GivenSettings(dict(row.settings), parse_settings(row.engine, row.settings))
     cost = context.cost(plan_engine(context, given).settings.typed)

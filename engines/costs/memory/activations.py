@@ -17,22 +17,26 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
     At 2 bytes a value: 34 h per token for a plain block (2205.05198 without the 5 a s term); for a gated one
     12 h + 4 h_kv + 8 f and another 8 h of fp32 copies in RMSNorm. Both with the log-sum-exp of attention, 4
     bytes per head and token. Of a plain block 26 h where its activation keeps its result alone, as OPT's
-    ReLU does and GELU does not. Compiled regions keep what products and attention need and compute most of
-    the rest again: 16 h + 4 h_kv + 5 f, and of a plain block as much as others. (The peaks of native and
-    LoRA at 1.3B, and of Qwen2.5 0.5B and 1.5B, one H200, come out within 5 % with them; 12 h + 4 h_kv + 4 f,
-    which a compiler needs, is a fifth too little.) GPT-2's activation is eight operations, of which eager
-    PyTorch keeps three results more, 24 h.
+    ReLU does and GELU does not. GPT-2's activation is eight operations, of which eager PyTorch keeps three
+    results more, 24 h.
+
+    Compiled regions keep what products and attention need and compute most of the rest again: of a plain
+    block 32 h, with ReLU 24 h; of a gated one 12 h + 4 h_kv + 6 f, as the compiler divides it, and no less
+    than 16 h + 4 h_kv + 5 f, which 24 blocks of deepseek-coder 1.3B had on an H200, where f is 2.7 h; those
+    of Qwen2.5 1.5B, where it is 5.8 h, had the first (`tests/studies/prediction_grid_h200_third_evening`).
     """
     tokens = workload.batch_size * workload.seq_len
     if shape.gated_mlp:
         kv = shape.hidden * shape.num_kv_heads / max(1, shape.num_heads)
-        own, wide = (16, 5) if compiled else (20, 8)
-        per_token = own * shape.hidden + 4 * kv + wide * shape.intermediate
+        per_token = 20 * shape.hidden + 4 * kv + 8 * shape.intermediate
+        if compiled:
+            more = max(4 * shape.hidden, shape.intermediate)
+            per_token = 12 * shape.hidden + 4 * kv + 5 * shape.intermediate + more
     else:
-        kept = (
-            26 + 8 * (shape.family != "opt") + 24 * (transformer.has_long_activation(shape) and not compiled)
-        )
-        per_token = kept * shape.hidden
+        of_activation = 8 * (shape.family != "opt")
+        if not compiled:
+            of_activation += 2 + 24 * transformer.has_long_activation(shape)
+        per_token = (24 + of_activation) * shape.hidden
     # Of a mixture: a token's states as they go to each of its experts and as they come from it.
     per_token += 4 * shape.experts_per_token * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypedDict
+
 from engines.costs import transformer
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -37,14 +40,31 @@ def trial_moment(shape: ModelShape, workload: Workload) -> dict[str, int]:
     }
 
 
+class PeakWithTrial(TypedDict):
+    """Of `engines.costs.resources.traffic.GpuMemory`."""
+
+    gpu_memory_bytes: Mapping[str, int]
+    gpu_apart_bytes: int
+    gpu_pool_bytes: int
+    gpu_returned_bytes: int
+
+
 def with_trial(
-    shape: ModelShape, workload: Workload, most: dict[str, int], stays: int, returned: int
-) -> tuple[dict[str, int], int, int]:
-    """Kinds at the worst of steps and trial, what lies apart of them, and what of that goes back to the
-    driver before memory runs out. Of steps: `most` by kind, and apart what `stays` and what is `returned`."""
+    shape: ModelShape, workload: Workload, most: dict[str, int], *, pool: int, stays: int, returned: int
+) -> PeakWithTrial:
+    """The worse of steps and trial. Of steps: `most` by kind, and apart a graph's `pool`, what `stays` beside
+    it, and what is `returned` to the driver before memory runs out."""
     trial = trial_moment(shape, workload)
-    more = sum(trial.values()) - sum(most.values()) - stays
-    if more <= 0:
-        return most, stays + returned, returned
-    returned = max(0, returned - more)
-    return trial, returned, returned
+    more = sum(trial.values()) - sum(most.values())
+    stays += pool
+    if more <= stays:
+        return PeakWithTrial(
+            gpu_memory_bytes=most,
+            gpu_apart_bytes=stays + returned,
+            gpu_pool_bytes=max(pool, more),
+            gpu_returned_bytes=returned,
+        )
+    returned = max(0, returned - (more - stays))
+    return PeakWithTrial(
+        gpu_memory_bytes=trial, gpu_apart_bytes=returned, gpu_pool_bytes=0, gpu_returned_bytes=returned
+    )

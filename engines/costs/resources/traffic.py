@@ -116,6 +116,7 @@ class GpuMemory(TypedDict):
 
     gpu_memory_bytes: Mapping[str, int]
     gpu_apart_bytes: int
+    gpu_pool_bytes: int
     gpu_returned_bytes: int
     gpu_without_triton_bytes: int
     gpu_margin: float
@@ -146,9 +147,12 @@ class Traffic:
     gpu_apart_bytes: int = 0
     """What torch's allocator takes beside the tensors' peak, since what is there at other moments has other
     sizes, or lies in the pool of a CUDA graph, and cannot use the same places."""
+    gpu_pool_bytes: int = 0
+    """The same with expandable segments, which have no sizes: what lies in the pool of a CUDA graph while the
+    peak is elsewhere, or of another stream."""
     gpu_returned_bytes: int = 0
-    """Of those, what torch gives back before memory runs out: places that nothing uses any more, outside of
-    graphs. A run that has less memory does without them."""
+    """Of `gpu_apart_bytes`, what torch gives back before memory runs out: places that nothing uses any more,
+    outside of graphs. A run that has less memory does without them."""
     gpu_margin: float = 0.06
     """Share by which what is needed may be more than is predicted; a plan that fits has it left."""
     gpu_spare: float = FREE_SHARE

@@ -660,8 +660,9 @@ def test_a_disturbed_time_with_autograd_is_held_to_that_without(training_s: floa
 
 
 def test_what_torch_gives_back_is_not_needed() -> None:
-    """Places that are free again at another moment count in what it reserves, not in what a plan needs."""
-    budget = budget_of(H200, None, None, None)
+    """Places that are free again at another moment count in what it reserves, not in what a plan needs, where
+    segments are not expandable."""
+    budget = budget_of(H200, None, None, None, expandable=False)
     cost = traffic("exact-offload", DEEPSEEK_1B, TRAINING, parse_settings("exact-offload", {}))
     assert cost.gpu_returned_bytes > 0
     without = replace(
@@ -671,13 +672,25 @@ def test_what_torch_gives_back_is_not_needed() -> None:
     assert reserved_bytes(cost, budget) > reserved_bytes(without, budget)
 
 
+@pytest.mark.parametrize(("engine", "is_apart"), [("native", False), ("zo2", True)])
+def test_with_expandable_segments_pools_of_graphs_alone_lie_apart(engine: str, is_apart: bool) -> None:
+    cost = traffic(engine, DEEPSEEK_1B, TRAINING, parse_settings(engine, {}))
+    more = replace(cost, gpu_apart_bytes=cost.gpu_apart_bytes + 10**9, gpu_margin=0.2)
+    expandable, plain = (budget_of(H200, None, None, None, expandable=each) for each in (True, False))
+    for needed in (gpu_bytes_needed, reserved_bytes):
+        assert needed(more, expandable) == needed(cost, expandable)
+        assert needed(more, plain) > needed(cost, plain)
+    assert (cost.gpu_pool_bytes > 0) is is_apart
+    assert cost.gpu_pool_bytes <= cost.gpu_apart_bytes
+
+
 def test_torch_reserves_no_more_than_the_gpu_has_for_it() -> None:
     """Of a plan that fits; what another lacks is told."""
     cost = traffic(
         "exact-offload", DEEPSEEK_1B, TRAINING, parse_settings("exact-offload", {"graphs": "false"})
     )
-    needed = gpu_bytes_needed(cost, budget_of(H200, None, None, None))
-    at_edge, below = (budget_of(H200, vram, None, None) for vram in (needed, needed - 1))
+    needed = gpu_bytes_needed(cost, budget_of(H200, None, None, None, expandable=False))
+    at_edge, below = (budget_of(H200, vram, None, None, expandable=False) for vram in (needed, needed - 1))
     for_torch = needed - beside_torch_bytes(cost, at_edge)
     assert taken_bytes(cost, at_edge) == for_torch < reserved_bytes(cost, at_edge)
     assert taken_bytes(cost, below) == reserved_bytes(cost, below)

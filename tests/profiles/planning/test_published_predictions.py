@@ -147,7 +147,9 @@ def test_no_step_was_faster_than_its_floor(folder: Path) -> None:
 
 # --- GPU memory: what torch reserves, and what CUDA takes beside it -------------------------------------
 
-BUDGET = budget_of(load_machine(RESULTS / "opt-13b_h200_20261124" / "machine.json"), None, None, None)
+BUDGET = budget_of(
+    load_machine(RESULTS / "opt-13b_h200_20261124" / "machine.json"), None, None, None, expandable=False
+)
 KEPT_BY_THE_CARD_BYTES = 644_939_776
 """Of an H200's memory, by NVML: no process is told of them, and NVML counts them as in use."""
 GRAPHS_OF_THEIR_OWN = "20261124"

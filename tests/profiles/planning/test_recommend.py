@@ -258,7 +258,7 @@ def plan_for(workload: Workload, shape: ModelShape, values: dict[str, object]) -
     [
         ("qwen2.5-0.5b", "native", "rtx-3060-12gb", "fp32", True),
         ("roberta-base", "native", "rtx-3060-12gb", "fp32", True),
-        ("deepseek-coder-1.3b", "galore", "rtx-4060-ti-16gb", "fp32", False),
+        ("deepseek-coder-1.3b", "adamw-8bit", "rtx-4060-ti-16gb", "fp32", False),
         ("deepseek-coder-1.3b", "native", "h200", "bf16", True),
     ],
 )
@@ -629,12 +629,12 @@ def named_blocks(reason: str) -> set[int]:
 def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     limit = {"vram_bytes": 24 * GB}
     chosen = plan("zo2", shape=OPT_SIZES["13B"], workload=FORWARD_ONLY, **limit)
-    assert chosen.settings["resident_blocks"] == 30
+    assert chosen.settings["resident_blocks"] == 31
     assert chosen.prediction.step_s is not None
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 28
+    assert several.settings["resident_blocks"] == 29
     assert several.fits
 
 
@@ -878,7 +878,7 @@ def test_more_pinned_memory_sends_no_block_to_disk() -> None:
 def test_what_stays_free_of_an_unnamed_card_is_not_called_too_small() -> None:
     """A tenth of it does, or what `native`'s forecast may miss by; of a limit that the user named nothing."""
     workload = replace(TRAINING, batch_size=2, seq_len=1024)
-    for engine, tenths_gib, share in (("native", 137, "3%"), ("galore", 90, "10%")):
+    for engine, tenths_gib, share in (("native", 124, "3%"), ("galore", 85, "10%")):
         room = tenths_gib * 2**30 // 10
         card = with_vram(H200, room)
         limits: dict[str, dict[str, int]] = {"unnamed": {}, "named": {"vram_bytes": room}}

@@ -391,6 +391,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, small: None) -> Iterator[OnTheHos
     monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: None, raising=False)
     monkeypatch.setattr(nvml, "open_device", lambda index=0, uuid=None: device)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * MIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: MIB)
     monkeypatch.setattr(run.launches, "DEVICE", "cpu")  # a module goes to no other here
     monkeypatch.setattr(launches, "BLOCKS", 1)
     monkeypatch.setattr(gpu, "MATMUL_SIZES", (32, 64))
