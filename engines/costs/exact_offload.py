@@ -60,6 +60,7 @@ from engines.costs.resources.traffic import (
     LayerTraffic,
     Overlap,
     Traffic,
+    by_kind,
 )
 from engines.settings.exact_offload import GRADIENT_SLOTS, MOMENT_GROUP, ExactOffloadSettings, Moments
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
@@ -198,10 +199,18 @@ def traffic(shape: ModelShape, workload: Workload, settings: ExactOffloadSetting
     hidden = 0
     if settings.hidden_states == "host" and settings.offload:
         hidden = workload.accumulation * workload.hidden_bytes(shape)
-    layers = [
-        _layer(layer, shape, element, settings, uploads, hidden)
-        for layer in (*transformer.training_layers(shape, workload, passes)[:-1], head)  # no graph has that
+    on_disk, weights_on_disk = settings.on_disk(shape.num_blocks), settings.weights_on_disk(shape.num_blocks)
+    inner = range(1, shape.num_blocks - STAYING_INPUTS)
+    places = [
+        (index < updated_here, index in inner, index in on_disk, index in weights_on_disk)
+        for index in range(shape.num_blocks)
     ]
+    layers = by_kind(
+        (*transformer.training_layers(shape, workload, passes)[:-1], head),  # no graph has that
+        lambda layer, *_: _layer(layer, shape, element, settings, uploads, hidden),
+        [None, *uploads, None],
+        [None, *places, None],
+    )
     away = hidden_away_bytes(shape, workload, settings)
     if away:
         host = {**host, "hidden states, pinned": away}

@@ -33,6 +33,7 @@ from engines.costs.resources.traffic import (
     Overlap,
     RareWork,
     Traffic,
+    by_kind,
 )
 from engines.costs.transformer import BlockPasses
 from engines.settings.lsp import LspSettings
@@ -126,10 +127,11 @@ def traffic(shape: ModelShape, workload: Workload, settings: LspSettings) -> Tra
         host["weights, pinned"] = element * shape.matrix_parameters
     passes = lsp_passes(shape, workload, settings)
     work = _BlockWork.of(shape, workload, settings)
-    layers = [
-        _layer(layer, shape, workload, settings, work)
-        for layer in transformer.training_layers(shape, workload, passes)
-    ]
+    layers = by_kind(
+        transformer.training_layers(shape, workload, passes),
+        lambda layer, _: _layer(layer, shape, workload, settings, work),
+        [None, *work.uploads, None],
+    )
     trained_on_gpu = 0
     if settings.train_outer:
         trained_on_gpu = shape.parameters - shape.matrix_parameters

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from engines.costs import loss, transformer
 from engines.costs.memory import activations
 from engines.costs.quantized import block_bytes
-from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic
+from engines.costs.resources.traffic import GpuMemory, LayerTraffic, Traffic, by_kind
 from engines.settings.zeroth_order import MezoSettings
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
@@ -171,23 +171,29 @@ def perturbed_layers(
     drawn = passes - settings.has_clean_pass
     lookups = LOOKUPS * drawn * workload.tokens_per_step * shape.hidden if settings.train == "all" else 0
     chunks, _ = loss.head_chunks(shape, workload)
-    first, *blocks, last = (_passes(layer, passes) for layer in transformer.stacked_layers(shape, workload))
+    stacked = transformer.stacked_layers(shape, workload)
+    first, *blocks, last = by_kind(stacked, lambda layer: _passes(layer, passes))
     last = _visited(last, update(settings), updated, settings.queries, workload)
     probes = settings.queries * workload.accumulation
     perturbed = ONE_SIDED if settings.is_one_sided else PERTURB
     layers = [
         first._replace(gaussians=lookups),
-        *(_block(block, i, shape, workload, settings, visits[i]) for i, block in enumerate(blocks)),
+        *by_kind(
+            blocks,
+            lambda block, visit, trained: _block(block, shape, workload, settings, visit, trained=trained),
+            visits,
+            [trains_block(settings, index, shape.num_blocks) for index in range(shape.num_blocks)],
+        ),
         _visited(last, perturbed, probes * head, probes * chunks, workload),
     ]
     if settings.noise == "binomial":
-        layers = [layer._replace(gaussians=round(BINOMIAL_COST * layer.gaussians)) for layer in layers]
+        return by_kind(layers, lambda layer: layer._replace(gaussians=round(BINOMIAL_COST * layer.gaussians)))
     if settings.noise == "rademacher":
         # Signs cost less than the memory they are written to. A pass over low-bit matrices moves fewer bytes,
         # and makes several: there they count.
         first, *blocks, last = layers
         kept = SIGN_COST if settings.is_quantized else 0.0
-        blocks = [block._replace(gaussians=round(kept * block.gaussians)) for block in blocks]
+        blocks = by_kind(blocks, lambda block: block._replace(gaussians=round(kept * block.gaussians)))
         return [first._replace(gaussians=0), *blocks, last._replace(gaussians=0)]
     return layers
 
@@ -206,13 +212,13 @@ def _passes(layer: LayerTraffic, passes: int) -> LayerTraffic:
 
 def _block(
     layer: LayerTraffic,
-    index: int,
     shape: ModelShape,
     workload: Workload,
     settings: MezoSettings,
     visit: ParameterWork,
+    *,
+    trained: bool,
 ) -> LayerTraffic:
-    trained = trains_block(settings, index, shape.num_blocks)
     # One for each matrix and one for the vectors. Where a block runs as a graph, noise is made in chunks,
     # which `forward.GRAPH_LAUNCHES` counts.
     launches = (

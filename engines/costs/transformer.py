@@ -277,7 +277,7 @@ def training_layers(
     last = _started(last, 3 * HEAD_LAUNCHES, 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
-        (again if index < how.recomputed else kept)._replace(name=f"block.{index}")
+        (again if index < how.recomputed else kept).named(f"block.{index}")
         for index in range(shape.num_blocks)
     ]
     return [LayerTraffic(name="embedding"), *blocks, last]
@@ -359,7 +359,7 @@ def stacked_layers(shape: ModelShape, workload: Workload) -> list[LayerTraffic]:
         launches=2 * (HEAD_LAUNCHES + CHUNK_LAUNCHES * of_vocabulary * of_tokens) * workload.accumulation,
     )
     first = LayerTraffic(name="embedding", waited_launches=ENTRY_LAUNCHES * workload.accumulation)
-    return [first, *(block._replace(name=f"block.{index}") for index in range(shape.num_blocks)), last]
+    return [first, *(block.named(f"block.{index}") for index in range(shape.num_blocks)), last]
 
 
 def normalizes_last(shape: ModelShape) -> bool:

@@ -173,10 +173,8 @@ def traffic(shape: ModelShape, workload: Workload, settings: Zo2Settings) -> Tra
     kept = block / (element * shape.block_parameters)
     # Where resident blocks are low-bit, they keep the schedule of the others.
     keeps_turns = settings.is_quantized
-    visits = [
-        fused_visit(settings, 1 if i in resident and not keeps_turns else turn, kept)
-        for i in range(shape.num_blocks)
-    ]
+    each_step, in_turn = (fused_visit(settings, every, kept) for every in (1, turn))
+    visits = [each_step if i in resident and not keeps_turns else in_turn for i in range(shape.num_blocks)]
     if settings.noise_window is None:  # else windows end the log of all blocks alike
         replayed = replayed_visit(settings, kept)
         visits = [replayed if i in on_disk else visit for i, visit in enumerate(visits)]

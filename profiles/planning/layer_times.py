@@ -8,7 +8,7 @@ its source.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from engines.costs.resources.overlap import LayerTimes, busy_s
@@ -130,7 +130,7 @@ def gpu_parts(traffic: Traffic, machine: Machine, workload: Workload) -> GpuPart
     except FigureAbsent:
         return None
     products_s = traffic.gpu_flops * rates.per_flop_s
-    work_s = sum(_times(layer, rates).gpu_s for layer in traffic.layers)
+    work_s = sum(each.gpu_s for each in _times(traffic.layers, rates))
     return GpuParts(
         products_s=products_s, between_s=work_s - products_s, starting_s=max(0.0, whole_s - work_s)
     )
@@ -139,14 +139,14 @@ def gpu_parts(traffic: Traffic, machine: Machine, workload: Workload) -> GpuPart
 def launches_decide(traffic: Traffic, machine: Machine, workload: Workload) -> bool:
     """Whether starting a step's work takes about as long as the GPU needs for it. Raises `FigureAbsent`."""
     rates = _rates(traffic, machine, workload, "value")
-    work_s = sum(_times(layer, rates).gpu_s for layer in traffic.layers)
+    work_s = sum(each.gpu_s for each in _times(traffic.layers, rates))
     return sum(_launches_s(traffic, machine, "value")) > LAUNCHES_DECIDE * work_s
 
 
 def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: Bound) -> list[LayerTimes]:
     """Raises `FigureAbsent`."""
     rates = _rates(traffic, machine, workload, bound)
-    times = [_times(layer, rates) for layer in traffic.layers]
+    times = _times(traffic.layers, rates)
     launches = _launches_s(traffic, machine, bound)
     times = _with_launches(times, launches, hides_launches=machine.gpu is not None)
     each_s = _forward_launch_s(machine, bound)
@@ -226,8 +226,17 @@ def _longer(times: LayerTimes, gpu_s: float) -> LayerTimes:
     return replace(times, gpu_s=gpu_s, backward_s=share * gpu_s)
 
 
-def _times(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
-    """Of the work alone, launches left out."""
+def _times(layers: Sequence[LayerTraffic], rates: _Rates) -> list[LayerTimes]:
+    """Of the work alone, launches left out; made once of layers that differ in their names alone."""
+    found: dict[tuple[object, ...], LayerTimes] = {}
+    kinds = [layer[1:] for layer in layers]
+    for layer, kind in zip(layers, kinds, strict=True):
+        if kind not in found:
+            found[kind] = _times_of(layer, rates)
+    return [found[kind] for kind in kinds]
+
+
+def _times_of(layer: LayerTraffic, rates: _Rates) -> LayerTimes:
     flops = layer.gpu_forward_flops + layer.gpu_backward_flops
     off_grid = layer.off_grid_flops * (rates.off_grid_times - 1)
     longer = layer.attention_longer_flops * rates.attention_is_slow

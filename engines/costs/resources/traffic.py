@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, TypedDict
@@ -88,6 +88,25 @@ class LayerTraffic(NamedTuple):
     """Where several GPUs divide the weights: of these and of their gradients, what each has to have whole."""
     divided_gpu_bytes: float = 0.0
     """Of `gpu_bytes` what they divide then: the optimizer's."""
+
+    def named(self, name: str) -> LayerTraffic:
+        """The same of another layer, in a third of the time of `_replace`, which goes through all fields."""
+        return LayerTraffic._make((name, *self[1:]))
+
+
+def by_kind(
+    layers: Iterable[LayerTraffic], change: Callable[..., LayerTraffic], *parts: Iterable[Hashable]
+) -> list[LayerTraffic]:
+    """`change` of each layer and its item of each of `parts`, as `map` has it, but made once of layers that
+    differ in their names alone, as most blocks of a model do."""
+    made: dict[Hashable, LayerTraffic] = {}
+    found = []
+    for layer, *its in zip(layers, *parts, strict=True):
+        kind = (layer[1:], *its)
+        if kind not in made:
+            made[kind] = change(layer, *its)
+        found.append(made[kind].named(layer.name))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +219,7 @@ class Traffic:
             return self
         parts = {name: -(-each // local_ranks) for name, each in self.shared_host_bytes.items()}
         less = sum(self.host_memory_bytes[name] - part for name, part in parts.items() if _is_pinned(name))
-        layers = [self._layer_of_a_rank(layer, local_ranks) for layer in self.layers]
+        layers = by_kind(self.layers, lambda layer: self._layer_of_a_rank(layer, local_ranks))
         return replace(
             self,
             layers=tuple(layers),
