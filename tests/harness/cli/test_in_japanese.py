@@ -212,6 +212,8 @@ def test_every_reason_of_plans_is_in_japanese(machine: str) -> None:
     limits = ((1, None), (1, 16 * 10**9), (2, None))[: 1 if machine == "none" else 3]
     told = set()
     for model, work, (gpus, host_bytes) in product(("llama-3.1-8b", "opt-66b", "gpt2"), works, limits):
+        if model == "opt-66b" and gpus == 1 and machine != "h200":
+            continue  # a third of the time, and told in no other words than the rest
         shape = named_shape(model)
         for plan in recommend(where, shape, work, public_engines(), {}, gpus=gpus, host_bytes=host_bytes):
             told |= {*plan.reasons, plan.why_not or "", plan.prediction.basis}

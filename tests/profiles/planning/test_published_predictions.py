@@ -20,7 +20,10 @@ from harness.records.run import Run, load_run
 from harness.resolve import resolve_shape
 from profiles.machine import load_machine
 from profiles.planning.budget import beside_torch_bytes, budget_of, reserved_bytes
+from profiles.planning.plan import Plan
 from profiles.planning.predict import CPU_BESIDE_ERROR, GPU_MODEL_ERROR
+
+pytestmark = pytest.mark.together
 
 RESULTS = Path(__file__).parents[3] / "reports" / "results"
 FIRST = "20261124"
@@ -83,22 +86,30 @@ def as_it_ran(job: Job, date: str, taken: list[Run]) -> Job:
 
 
 @cache
+def plans_today(folder: Path) -> dict[str, Plan]:
+    """Of the folder's job on its machine, by engine that ran."""
+    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
+    taken = runs(folder)
+    job = as_it_ran(job, folder.name.rpartition("_")[2], taken)
+    engines = list(dict.fromkeys(run.engine for run in taken))
+    return {plan.engine: plan for plan in plan_job(job, resolve_shape(job), machine, engines)}
+
+
+@cache
 def ratios(folder: Path) -> dict[str, float]:
     """Predicted over measured, by engine, where the machine's profile has the figures."""
-    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-    job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
     steps: dict[str, list[float]] = {}
     for run in runs(folder):
         if run.summary.step_s_median is not None:
             steps.setdefault(run.engine, []).append(run.summary.step_s_median)
     measured_s = {engine: median(each) for engine, each in steps.items()}
     found = {}
-    for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
-        taken_s, predicted_s = measured_s[plan.engine], plan.prediction.step_s
-        if predicted_s is None:
-            assert "not in the machine profile" in plan.prediction.basis
+    for engine, taken_s in measured_s.items():
+        prediction = plans_today(folder)[engine].prediction
+        if prediction.step_s is None:
+            assert "not in the machine profile" in prediction.basis
         else:
-            found[plan.engine] = predicted_s / taken_s
+            found[engine] = prediction.step_s / taken_s
     return found
 
 
@@ -121,11 +132,9 @@ def test_most_are_within_a_tenth() -> None:
 def test_nine_in_ten_took_what_their_range_says() -> None:
     inside = []
     for folder in FOLDERS:
-        job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-        job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
         measured_s = {run.engine: run.summary.step_s_median for run in runs(folder)}
-        for plan in plan_job(job, resolve_shape(job), machine, list(measured_s)):
-            taken_s, told = measured_s[plan.engine], plan.prediction
+        for engine, taken_s in measured_s.items():
+            told = plans_today(folder)[engine].prediction
             if taken_s is not None and told.step_s_low is not None and told.step_s_high is not None:
                 inside.append(told.step_s_low <= taken_s <= told.step_s_high)
     assert len(inside) > 40
@@ -135,13 +144,10 @@ def test_nine_in_ten_took_what_their_range_says() -> None:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_no_step_was_faster_than_its_floor(folder: Path) -> None:
     """Within 1 %: rates are a probe's median, and one profile is of another day than its runs."""
-    job, machine = load_job(folder / "job.toml"), load_machine(folder / "machine.json")
-    job = as_it_ran(job, folder.name.rpartition("_")[2], runs(folder))
     for run in runs(folder):
         if run.summary.step_s_median is None:
             continue
-        [plan] = plan_job(job, resolve_shape(job), machine, [run.engine])
-        floor_s = plan.prediction.floor_s
+        floor_s = plans_today(folder)[run.engine].prediction.floor_s
         assert floor_s is None or floor_s <= 1.01 * run.summary.step_s_median, run.engine
 
 
