@@ -40,8 +40,8 @@ counted, those that ran out up to 27; small ones of `exact-offload` and `lsp` ra
 
 PAGES_BYTES, PAGES_SHARE = 45_000_000, 0.01
 """With expandable segments, what torch reserves over tensors, pools and workspaces where it has room: pages
-of which a part is taken. Of 18 runs without graphs, of 0.5 to 14 GB, 15 had 21 to 114 MB, one 146 and two 176
-(`tests/studies/prediction_grid_h200_expandable`)."""
+of which a part is taken. Of 23 runs without pools, of 0.5 to 14 GB, 19 had 21 to 114 MB beside what they had
+allocated and three up to 176 (`tests/studies/prediction_grid_h200_expandable`)."""
 
 EXPANDABLE_BYTES, EXPANDABLE_MARGIN = 65_000_000, 0.03
 """What a plan asks for over them there, since free pages go back before memory runs out: runs that met their
