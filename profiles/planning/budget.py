@@ -41,7 +41,8 @@ counted, those that ran out up to 27; small ones of `exact-offload` and `lsp` ra
 PAGES_BYTES, PAGES_SHARE = 45_000_000, 0.01
 """With expandable segments, what torch reserves over tensors, pools and workspaces where it has room: pages
 of which a part is taken. Of 23 runs without pools, of 0.5 to 14 GB, 19 had 21 to 114 MB beside what they had
-allocated and three up to 176 (`tests/studies/prediction_grid_h200_expandable`)."""
+allocated and three up to 176. A graph's pool has ranges of its own: `mezo` and `zo2` had 124 and 106 MB
+beside what is counted (`tests/studies/prediction_grid_h200_expandable`)."""
 
 EXPANDABLE_BYTES, EXPANDABLE_MARGIN = 65_000_000, 0.03
 """What a plan asks for over them there, since free pages go back before memory runs out: runs that met their
@@ -213,7 +214,8 @@ def num_on_disk(cost: Traffic, budget: Budget, local_ranks: int = 1) -> int:
 def gpu_bytes_needed(cost: Traffic, budget: Budget) -> int:
     """GPU memory that a plan asks for: what torch cannot do without, with a margin, and what CUDA takes
     itself. That is not what it reserves where it has room, of which it gives a part back."""
-    least, margin, pieces = _placed_bytes(cost, budget), EXPANDABLE_MARGIN, EXPANDABLE_BYTES
+    least, margin = _placed_bytes(cost, budget), EXPANDABLE_MARGIN
+    pieces = EXPANDABLE_BYTES - PAGES_BYTES + _pages_bytes(cost)
     if not budget.is_expandable:
         least, margin, pieces = least - cost.gpu_returned_bytes, cost.gpu_margin, PIECES_BYTES
     return int(least * (1 + margin)) + pieces + beside_torch_bytes(cost, budget)
@@ -232,8 +234,13 @@ def reserved_bytes(cost: Traffic, budget: Budget) -> int:
     workspaces = cost.workspaces * budget.workspace_bytes
     tensors = _placed_bytes(cost, budget) - workspaces
     if budget.is_expandable:
-        return int(tensors * (1 + PAGES_SHARE)) + PAGES_BYTES + workspaces
+        return int(tensors * (1 + PAGES_SHARE)) + _pages_bytes(cost) + workspaces
     return int(tensors * (1 + FRAGMENTATION)) + ALLOCATOR_BYTES + workspaces
+
+
+def _pages_bytes(cost: Traffic) -> int:
+    """Of which a part is taken: of the ranges of all tensors, and once more of those that a pool has."""
+    return PAGES_BYTES * (1 + (cost.gpu_pool_bytes > 0))
 
 
 def _placed_bytes(cost: Traffic, budget: Budget) -> int:
