@@ -69,6 +69,11 @@ DEQUANTIZE_BYTES = 2 + 0.5
 """Memory traffic of making one weight wide, beside reading it in the product."""
 
 
+DEQUANTIZE_KERNELS, DEQUANTIZE_KERNELS_PLAIN = 3, 1
+"""What makes a matrix wide: its scales, their offset, and its weights; with scales of fp32 these alone.
+Counted in `bitsandbytes.functional.dequantize_4bit`."""
+
+
 def _trained_of_block(shape: ModelShape, settings: LoraSettings) -> int:
     """Of one block."""
     adapted = (m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight")))
@@ -128,7 +133,7 @@ def _more_again_bytes(
 
 def lora(shape: ModelShape, workload: Workload, settings: LoraSettings) -> Traffic:
     """2 bytes per parameter in bf16, 16 per parameter of the adapters, and activations."""
-    return _traffic(shape, workload, settings, BYTES_PER_ELEMENT[workload.dtype], wide=0)
+    return _traffic(shape, workload, settings, BYTES_PER_ELEMENT[workload.dtype], wide=0, widening_kernels=0)
 
 
 def qlora(shape: ModelShape, workload: Workload, settings: QloraSettings) -> Traffic:
@@ -136,13 +141,24 @@ def qlora(shape: ModelShape, workload: Workload, settings: QloraSettings) -> Tra
     per_weight = NF4_BYTES if settings.double_quant else NF4_PLAIN_BYTES
     widest = max((each.parameters for each in shape.matrices), default=0)
     return _traffic(
-        shape, workload, settings, per_weight, wide=2 * BYTES_PER_ELEMENT[workload.dtype] * widest
+        shape,
+        workload,
+        settings,
+        per_weight,
+        wide=2 * BYTES_PER_ELEMENT[workload.dtype] * widest,
+        widening_kernels=DEQUANTIZE_KERNELS if settings.double_quant else DEQUANTIZE_KERNELS_PLAIN,
     )
 
 
 def _traffic(
-    shape: ModelShape, workload: Workload, settings: LoraSettings, matrix_bytes: float, wide: int
+    shape: ModelShape,
+    workload: Workload,
+    settings: LoraSettings,
+    matrix_bytes: float,
+    wide: int,
+    widening_kernels: int,
 ) -> Traffic:
+    """`wide`: bytes of matrices that are made wide, one after the other, by so many kernels each."""
     element = BYTES_PER_ELEMENT[workload.dtype]
     adapters = _trained_of_block(shape, settings)
     adapted = [m for m in shape.matrices if settings.adapts(m.name.removesuffix(".weight"))]
@@ -154,6 +170,7 @@ def _traffic(
     in_graphs = how.captured or how.compiled
     casts = ADAPTER_CASTS * (passes - 1) if element < 4 and how.compiled else 0.0
     widened = 0.0 if wide == 0 else DEQUANTIZE_BYTES * (passes - 1) * workload.accumulation * matrices
+    widening = widening_kernels * (passes - 1) * len(shape.matrices)
     layers = []
     for layer in transformer.training_layers(shape, workload, how):
         if layer.name.startswith("block."):
@@ -169,7 +186,7 @@ def _traffic(
                 products=layer.products - len(shape.matrices) * workload.accumulation,
                 # Products of an adapter are narrow, and take what they move.
                 kernels=layer.kernels
-                + int(2 * passes + casts) * len(adapted) * workload.accumulation * in_graphs,
+                + int(int(2 * passes + casts) * len(adapted) + widening) * workload.accumulation * in_graphs,
                 launches=layer.launches
                 + (0 if how.captured else int((passes - 1) * ADAPTER_LAUNCHES) * len(adapted))
                 * workload.accumulation,

@@ -28,6 +28,12 @@ LOGIT_BYTES_EAGER = {"fp32": 36, "bf16": 42, "fp16": 42}
 a copy in fp32 of 16 bits (6) and its gradient's cast back (6), the log-softmax 8, the gradient of what was
 picked 4, that of the log-softmax 12, and two products read it. Counted, as torch's operations lie."""
 
+SOFTMAX_AGAIN_BYTES, SOFTMAX_ROW = 12, 12_000
+"""What torch's log-softmax reads again, in fp32, of a row of so many outputs or more, for which a block of
+the GPU has no shared memory: twice in the forward pass, for the maximum and the sum, and once in the backward
+pass. Counted in its kernels (`cunn_SoftMaxForward`, `cunn_SoftMaxBackward`), which took 13.1 and 13.8 ms of
+2.5 billion logits on an H200."""
+
 CHUNK_LOGIT_BYTES_EAGER = {"fp32": 82, "bf16": 88, "fp16": 88}
 """The same of a chunk's loss (`engines.first_order.head_loss.loss_and_slope`), which is written for a
 compiler: the log-sum-exp 24, the softmax 16, the label compared and taken off 22, the share 8. Counted
@@ -108,8 +114,11 @@ def moved_bytes(
     """GPU memory traffic of the loss and its backward pass, one micro-batch, `loss_tokens` at a time."""
     if compiled:
         return LOGIT_MOVES * BYTES_PER_ELEMENT[workload.dtype] * float(num_logits(shape, workload))
-    in_chunks = loss_tokens is not None and shape.head == "causal_lm"
-    each = (CHUNK_LOGIT_BYTES_EAGER if in_chunks else LOGIT_BYTES_EAGER)[workload.dtype]
+    if loss_tokens is not None and shape.head == "causal_lm":
+        return CHUNK_LOGIT_BYTES_EAGER[workload.dtype] * float(num_logits(shape, workload))
+    each = LOGIT_BYTES_EAGER[workload.dtype]
+    if shape.predicts_tokens and shape.vocabulary >= SOFTMAX_ROW:
+        each += SOFTMAX_AGAIN_BYTES
     return each * float(num_logits(shape, workload))
 
 

@@ -78,19 +78,24 @@ LAUNCHES = 2
 Python around them. Two records of deepseek-coder at 1 x 384 tokens without graphs (reports/results, 4gb) took
 0.212 and 0.216 s, of which the model's own operations are 0.15 and `BLOCK_LAUNCHES` 0.05."""
 
+COMPILED_MATRIX_LAUNCHES = 9
+"""The same in compiled code that no graph has: three operations of this program, which torch finds by name,
+each with Python of its own. By CPU time each micro-batch of a streamed block of a tiny Llama takes 142
+operations, of which native's compiled block has 77; without a compiler 123, of 115."""
+
 STREAM_LAUNCHES = 18
 """The same for a matrix whose weights are streamed, however many micro-batches pass it together. Counted:
 such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
 three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-BLOCK_LAUNCHES = 135
-"""Per block whose weights stay, in operations without autograd and once a step: all that the interpreter's
-lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread and its chunks. With
-`REPLAY_LAUNCHES` a block of SmolLM2-135M took 146 to 162 operations in three processes on hosts of H200s,
-which each timed an operation itself (`forward_launch_s` of reports/results/smollm2-135m-sst2-seconds-24gb
-of 30 November), of deepseek-coder at 1.3B with 1 x 384 tokens 146 and 148
-(deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter). By time on a CPU it is 97 to 108, without
-the events, copies, streams and graphs that CUDA is called for."""
+BLOCK_LAUNCHES = 19
+"""Per matrix of a block whose weights stay, in operations without autograd and once a step: all that the
+interpreter's lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread, and
+what applies updates. With `REPLAY_LAUNCHES` a block of SmolLM2-135M took 146 to 162 in three processes that
+each timed an operation (reports/results/smollm2-135m-sst2-seconds-24gb of 30 November), of deepseek-coder
+146 and 148 (deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter). OPT-125M's, with six matrices
+and not seven, took 102 and Qwen2.5's 123 at the speed that a Python loop had around their steps
+(`tests/studies/prediction_grid_h200_fourth_evening`)."""
 
 REPLAY_LAUNCHES = 15
 """The same of each micro-batch where blocks run as CUDA graphs, both passes: copies in and out of the graphs'
@@ -247,10 +252,14 @@ def _layer(
     if not layer.name.startswith("block."):
         return layer
     core, matrices = work.core_elements, sum(matrix.parameters for matrix in shape.matrices)
-    each = LAUNCHES * workload.accumulation + STREAM_LAUNCHES * settings.streams
+    passes = lsp_passes(shape, workload, settings)
+    each = (COMPILED_MATRIX_LAUNCHES if passes.compiled else LAUNCHES) * workload.accumulation
+    each += STREAM_LAUNCHES * settings.streams
     launches = layer.launches + each * len(shape.matrices)
-    python_launches = 0 if settings.streams or not settings.offload else BLOCK_LAUNCHES
-    if lsp_passes(shape, workload, settings).captured:
+    python_launches = BLOCK_LAUNCHES * len(shape.matrices)
+    if settings.streams or not settings.offload:
+        python_launches = 0
+    if passes.captured:
         launches = 0
         python_launches += REPLAY_LAUNCHES * workload.accumulation
     wire, down = element * core, element * matrices if settings.streams else 0

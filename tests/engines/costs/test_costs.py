@@ -349,14 +349,21 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
         return block.launches, block.python_launches
 
     captured = [started(count)[1] for count in (1, 2, 3)]
-    assert captured[0] == 150
+    for_cores = 19 * len(TINY.matrices)
+    assert captured[0] == for_cores + 15
     assert captured[2] - captured[1] == captured[1] - captured[0] == 15
     own = transformer.COMPILED_LAUNCHES * 3
     streamed = 18 * len(TINY.matrices)
-    for values, once, in_python in (({"graphs": False}, 0, 135), ({"weights": "streamed"}, streamed, 0)):
+    for values, once, in_python in (
+        ({"graphs": False}, 0, for_cores),
+        ({"weights": "streamed"}, streamed, 0),
+    ):
         for count in (1, 4):
             launches, python = started(count, checkpointed_blocks=0, **values)
-            assert (launches, python) == (count * (own + 2 * len(TINY.matrices)) + once, in_python)
+            assert (launches, python) == (count * (own + 9 * len(TINY.matrices)) + once, in_python)
+    eager = started(4, checkpointed_blocks=0, compile=False, graphs=False)
+    plain_or_gated = transformer.block_launches(TINY) * 3
+    assert eager == (4 * (plain_or_gated + 2 * len(TINY.matrices)), for_cores)
 
 
 def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None:
@@ -962,3 +969,13 @@ def test_a_disk_that_is_slower_than_all_is_the_step() -> None:
 def test_host_memory_limits_what_overlaps() -> None:
     layer = LayerTimes(gpu_s=1.0, backward_s=0.0, h2d_s=1.0, d2h_s=1.0, cpu_s=0.0, host_s=3.0)
     assert STEP_TIME["streamed"]([layer] * 10, 1) == 30
+
+
+def test_log_softmax_reads_long_rows_again() -> None:
+    """In fp32, three times; short ones and those of a compiled loss once, and those of a chunk otherwise."""
+    short = replace(OPT_1B, vocabulary=8000)
+    for shape, again in ((OPT_1B, 12), (short, 0)):
+        logits = TRAINING.batch_size * TRAINING.seq_len * shape.vocabulary
+        assert loss.moved_bytes(shape, TRAINING, compiled=False) == (42 + again) * logits
+        assert loss.moved_bytes(shape, TRAINING, compiled=True) == 12 * logits
+        assert loss.moved_bytes(shape, TRAINING, 512, compiled=False) == 88 * logits
