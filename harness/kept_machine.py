@@ -62,7 +62,7 @@ def _is_this_one(machine: Machine) -> bool:
     """The same kernel, processor, cores, memory, GPUs, driver and torch, not long ago."""
     taken = datetime.fromisoformat(machine.time)
     return (
-        datetime.now(UTC) - KEPT_FOR < taken
+        abs(datetime.now(UTC) - taken) < KEPT_FOR  # a clock that was wrong makes no profile last for years
         and machine.platform == cgroup.platform_name()
         and machine.cpu.name == cgroup.cpu_name()
         and machine.cpu.cores_usable == cgroup.usable_cores().count

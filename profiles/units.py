@@ -119,10 +119,12 @@ def parse_bytes(text: str, option: str = "size") -> int:
 
 
 def typed_bytes(count: int) -> str:
-    """`count` as `parse_bytes` reads it, to the byte: `8GiB` or `24GB` where it is whole, else bytes."""
+    """`count` as `parse_bytes` reads it, to the byte: `8GiB`, `24GB`, `7.7GiB` or `512MB` where one of these
+    says it, else bytes."""
     for unit, size in (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6)):
-        if count % size == 0:
-            return f"{count // size}{unit}"
+        text = f"{count / size:.2f}".rstrip("0").rstrip(".") + unit
+        if count >= size and parse_bytes(text) == count:
+            return text
     return f"{count}B"
 
 

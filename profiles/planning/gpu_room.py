@@ -122,10 +122,9 @@ def recomputed_for_room(
             return replace(fewer, checkpointed_blocks=of_products), [reason]
     if count == blocks:
         return settings, []
-    reason = (
-        f"checkpointed_blocks={count}: the other {blocks - count} blocks keep their activations, for which "
-        "there is room"
-    )
+    others = blocks - count
+    keep = "block keeps its" if others == 1 else f"{others} blocks keep their"
+    reason = f"checkpointed_blocks={count}: the other {keep} activations, for which there is room"
     return replace(settings, checkpointed_blocks=count), [reason]
 
 

@@ -8,6 +8,7 @@ from engines import ENGINES, YARDSTICK
 from harness.records.comparison import beside_native
 from harness.records.memory_limits import gpu_limit_bytes
 from harness.records.run import Run
+from harness.records.stats import Rounds
 from profiles.language import enumerated
 from profiles.units import format_bytes
 from reports.decide import Verdict
@@ -110,9 +111,15 @@ def _disclosure(loaded: Loaded, engine: str, all_: Measurements) -> str:
         f"transformers {environment.transformers or '?'}",
         commit=(environment.commit or "?")[:12],
         state=say(f"reproduce.{_clean(environment.dirty)}"),
-        time=span(run.time[:10], rounds.ok[-1].time[:10]),
+        time=span(*_days(rounds)),
         records=enumerated(f"runs/{one.id}.json" for one in rounds.ok),
     )
+
+
+def _days(rounds: Rounds) -> tuple[str, str]:
+    """The first and the last on which its runs began, in whatever order: a clock may have been set back."""
+    days = [one.time[:10] for one in rounds.ok]
+    return min(days), max(days)
 
 
 def _with_settings(run: Run) -> str:

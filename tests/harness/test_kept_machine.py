@@ -89,6 +89,7 @@ OTHERWISE: dict[str, Callable[[Machine], Machine]] = {
     ),
     "torch": lambda each: replace(each, versions={"torch": "0.1"}),
     "long ago": lambda each: replace(each, time=(datetime.now(UTC) - 2 * KEPT_FOR).isoformat()),
+    "years ahead": lambda each: replace(each, time=(datetime.now(UTC) + 2 * KEPT_FOR).isoformat()),
 }
 
 

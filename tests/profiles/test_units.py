@@ -43,6 +43,8 @@ def test_parse_bytes(text: str, count: int) -> None:
 def test_bytes_as_they_are_typed_are_read_to_the_byte(count: int) -> None:
     assert parse_bytes(typed_bytes(count)) == count
     assert [typed_bytes(each) for each in (8 * 2**30, 24 * 10**9, 1234567)] == ["8GiB", "24GB", "1234567B"]
+    asked = ("7.7GiB", "11.76GiB", "7.5GB", "8267812045B")
+    assert tuple(typed_bytes(parse_bytes(each)) for each in asked) == asked
 
 
 @pytest.mark.parametrize(

@@ -599,3 +599,13 @@ def test_reports_start_without_torch() -> None:
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_clock_that_was_set_back_between_runs_is_told_in_order(tmp_path: Path) -> None:
+    times = ["2026-11-22T00:01:00+00:00", "2026-11-21T23:59:00+00:00", "2026-11-21T23:58:00+00:00"]
+    runs = [make_run(round=number, time=time) for number, time in enumerate(times, 1)]
+    folder = write_folder(tmp_path / "sweep", runs)
+    write_report(folder)
+    told = (folder / "report.md").read_text()
+    assert "2026-11-21 to 2026-11-22; runs/" in told
+    assert "2026-11-21 23:58 UTC to 2026-11-22 00:01 UTC" in told
