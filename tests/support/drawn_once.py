@@ -19,8 +19,9 @@ from engines.noise import weight_pass
 from engines.noise.tiles import TileRange
 
 NAMES = ("draw_binomials", "draw_normals", "draw_signs")
-MOST_ELEMENTS, MOST_DRAWS = 1 << 13, 4096
-"""Of one draw that is kept, and how many are."""
+MOST_ELEMENTS, MOST_DRAWS = 1 << 13, 1 << 16
+"""Of one draw that is kept, and how many are: 3 KiB each, since models of tests are tiny. Tests of different
+modules train the same models with the same seed, so that all that a process draws is worth keeping."""
 Drawn = tuple[Tensor, Tensor | None]
 _kept: dict[Any, Drawn] = {}
 
