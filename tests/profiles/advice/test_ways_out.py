@@ -160,6 +160,6 @@ def test_what_is_typed_fits(engine: str, model: str, gib: int, batch_size: int, 
 
 def test_texts_are_not_cut_where_a_loss_in_small_chunks_is_enough() -> None:
     """A chunk of the loss costs no quality, and one sequence cannot be divided into micro-batches."""
-    found = way("qlora", "llama-3.1-8b", "rtx-4060-ti-16gb", vram_bytes=7_540_000_000)
+    found = way("qlora", "llama-3.1-8b", "rtx-4060-ti-16gb", vram_bytes=7_535_000_000)
     assert found.flags == "--set qlora.r=4"
     assert found.plan.settings["loss_tokens"] == 64
