@@ -95,9 +95,9 @@ of a tiny Llama takes 35 to 51 more than native's (`tests/studies/launch_counts.
 the driver's part is not in it."""
 
 REPLAY_LAUNCHES = 32
-"""Of a block that runs as two CUDA graphs, however many micro-batches there are, all that is started for it:
-what becomes of its gradients is in the graphs. By time on an H200's host, of two chunks, both threads
-(`tests/studies/launch_counts_h200_20261130.json`)."""
+"""Of a block that runs as two CUDA graphs and that the CPU updates, however many micro-batches there are, all
+that is started for it: what becomes of its gradients is in the graphs. The GPU's update of a block is not.
+By time on an H200's host, of two chunks, both threads (`tests/studies/launch_counts_h200_20261130.json`)."""
 
 MASTER_BYTES = 12
 """fp32 master and moments of a 16-bit parameter that the GPU updates; one in fp32 has moments alone, 8."""
@@ -271,7 +271,7 @@ def _layer(
     gpu_bytes = layer.gpu_bytes + 4 * element * size
     if index < settings.updated_by_gpu(len(uploads)):
         return layer._replace(
-            python_launches=REPLAY_LAUNCHES if settings.captures else GPU_UPDATE_LAUNCHES,
+            python_launches=GPU_UPDATE_LAUNCHES + REPLAY_LAUNCHES * settings.captures,
             gpu_bytes=gpu_bytes + on_gpu_bytes * size,
             h2d_bytes=hidden,
             d2h_bytes=hidden,
