@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from harness.quality.judge import LEAST_SEEDS, MethodResult, SeedSpread
 from harness.records.metrics import HIGHER_IS_BETTER
@@ -203,6 +203,19 @@ def _next(study: LoadedStudy, state: State) -> str:
     return f"{command(study, '.')} --resume" if state == "INCONCLUSIVE" and missing else ""
 
 
+def _overlapping(methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Those that are undecided beside the best one since their test values overlap with its, and not for want
+    of seeds."""
+    tested = [(each, each.test) for each in methods if each.test is not None]
+    best = next((test for each, test in tested if each.beside_best is None), None)
+    if best is None:
+        return
+    for each, test in tested:
+        meets = test.low <= best.high and best.low <= test.high
+        if meets and each.beside_best == "undecided":
+            yield each.name
+
+
 def _warnings(study: LoadedStudy) -> Iterator[str]:
     plan, result = study.plan, study.result
     if plan.job.model.random_weights:
@@ -224,16 +237,14 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
         yield say("study.warn_early", trials=several_items(early))
     failed = [each for each in study.trials if each.end_state != "ok"]
     if failed:
-        yield say("study.warn_failed", count=len(failed))
+        yield say(f"study.warn_failed{'' if len(failed) == 1 else 's'}", count=len(failed))
     if study.broken:
         yield say("warning.unreadable", count=len(study.broken))
     if plan.emulated is not None:
         yield say("study.warn_emulated", machine=plan.emulated)
-    unlike = [
-        each.name for each in result.methods if each.beside_best == "undecided" and each.test is not None
-    ]
-    if unlike:
-        yield say("study.warn_undecided", engines=several_items(unlike))
+    overlapping = list(_overlapping(result.methods))
+    if overlapping:
+        yield say("study.warn_undecided", engines=several_items(overlapping))
     cores = sorted({each.environment.cores_usable for each in study.trials})
     if len(cores) > 1:
         yield say("study.warn_cores", cores=enumerated(str(each) for each in cores))

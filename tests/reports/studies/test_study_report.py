@@ -162,6 +162,14 @@ def test_states(tmp_path: Path, seeds: int, hits: int, state: str) -> None:
     )
 
 
+@pytest.mark.parametrize(("other", "overlap"), [(0.76, False), (0.95, True)])
+def test_values_are_said_to_overlap_where_they_do(tmp_path: Path, other: float, overlap: bool) -> None:
+    """Of two seeds none is better by rule; 76 % was said to overlap with 99 % for that."""
+    curves = {"native": [rising(30.0, to=0.99), rising(30.0, to=0.94)], "lora": [rising(30.0, to=other)] * 2}
+    write_report(write_study(tmp_path / "study", study_plan(ENGINES[:2], seeds=2), curves))
+    assert ("overlap with the best method's" in (tmp_path / "study" / "report.md").read_text()) is overlap
+
+
 def test_a_target_that_one_evaluation_met_says_why_it_was_not_reached(tmp_path: Path) -> None:
     """A median that meets the target beside 'not reached' reads as a contradiction."""
 
