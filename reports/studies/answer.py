@@ -237,7 +237,8 @@ def _warnings(study: LoadedStudy) -> Iterator[str]:
         yield say("study.warn_early", trials=several_items(early))
     failed = [each for each in study.trials if each.end_state != "ok"]
     if failed:
-        yield say(f"study.warn_failed{'' if len(failed) == 1 else 's'}", count=len(failed))
+        key = "study.warn_failed" if len(failed) == 1 else "study.warn_several_failed"
+        yield say(key, count=len(failed))
     if study.broken:
         yield say("warning.unreadable", count=len(study.broken))
     if plan.emulated is not None:

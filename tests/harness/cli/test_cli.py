@@ -585,7 +585,7 @@ def test_results_cannot_be_written(call, profile: Path) -> None:
             "/dev/null/x",
         )
     )
-    assert "/dev/null/x" in said
+    assert "/dev/null: is a file, and a folder is needed; name another --out" in said
 
 
 def test_report_of_a_folder_without_runs(call, tmp_path: Path) -> None:
