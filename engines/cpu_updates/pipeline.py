@@ -25,9 +25,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from engines.costs.resources.traffic import SWITCH_INTERVAL_S
-from engines.cpu_updates.chunks import ChunkUpdate, UploadTarget, update_chunk
+from engines.cpu_updates.chunks import ChunkUpdate, TravellingChunk, UploadTarget, update_chunk
 from engines.cpu_updates.cpu_adam import compiled, squared_norm_of_sum
 from engines.cpu_updates.cpu_threads import AdamThreads
 from engines.cpu_updates.rank_numbers import POLL_S
@@ -101,7 +102,6 @@ class UpdatePipeline:
         self.adam_threads = AdamThreads()
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(min(self._switch_interval_s, SWITCH_INTERVAL_S))
-        self._turn = itertools.count()
         self._changed = threading.Condition()
         self._arriving: deque[_Job] = deque()
         self._ready: list[tuple[int, int, _Job]] = []
@@ -116,6 +116,14 @@ class UpdatePipeline:
         ]
         for thread in self._threads:
             thread.start()
+
+    def direction(self, state: TravellingChunk) -> Tensor:
+        """(elements,) on the GPU: where what is to be applied of a chunk arrives, at each update."""
+        return self._slots[self._slot(state)][: state.outgoing.numel()]
+
+    def _slot(self, state: TravellingChunk) -> int:
+        """Neighbours, which come back one after the other, have different ones."""
+        return state.number % len(self._slots)
 
     def submit(self, updates: Sequence[ChunkUpdate]) -> None:
         """Take a job whose downloads are enqueued. Does not wait."""
@@ -367,8 +375,8 @@ class UpdatePipeline:
                 outgoing, destination.memory, after=destination.free, name=name
             )
             return
-        slot = next(self._turn) % len(self._slots)
-        direction = self._slots[slot][: outgoing.numel()]
+        slot = self._slot(update.state)
+        direction = self.direction(update.state)
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
         arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)
         if self._stream is None:

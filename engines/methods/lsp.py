@@ -109,6 +109,7 @@ from engines.model.training_regions import TrainingRegions, compiles, why_not_co
 from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import UPLOAD_SLOTS
 from engines.subspace.apply import apply_core, realized_of_core
+from engines.subspace.chunk_application import rounding_key
 from engines.subspace.compressed_linear import compress_gradient, restore
 from engines.subspace.core_checkpoint import load_cores, save_cores
 from engines.subspace.core_matrix import CoreMatrix, warn_of_idle
@@ -121,7 +122,6 @@ from engines.subspace.streamed_matrices import StreamedMatrices
 from engines.subspace.subspaces import (
     Check,
     Round,
-    Subspace,
     draw_subspaces,
     subspace_seed,
 )
@@ -386,6 +386,18 @@ class Lsp:
             self._trained.is_usual = not self.calibrates
             self._trained.begin()
         self._laid_out.begin_step()
+        self._capture_applications()
+
+    def _capture_applications(self) -> None:
+        """Of chunks whose kernels have been started one by one so far, where graphs are wanted."""
+        if self._pipeline is None or self.streamed is not None or self.calibrates:
+            return
+        if not self.settings.graphs or self.device.type != "cuda":
+            return
+        for block in self._blocks:
+            for chunk in block.chunks:
+                if chunk.application.can_be_captured:
+                    chunk.application.capture(self._pipeline.direction(chunk.state))
 
     def before_forward(self, index: int) -> None:
         """A block is about to use its weights: apply what the last step left for it."""
@@ -450,7 +462,7 @@ class Lsp:
             ChunkUpdate(
                 state=chunk.state,
                 share=self._share,
-                destination=None if self.streamed is not None else partial(self._apply, chunk.matrices),
+                destination=None if self.streamed is not None else chunk.application,
                 of_ranks=self._from_ranks(place, chunk.state),
             )
             for chunk in block.chunks
@@ -497,7 +509,7 @@ class Lsp:
             if matrix.residual is not None:
                 subspace, share = matrix.subspace, self._share
                 key = subspace_seed(self.context.seed, subspace.name, share.step, "residual") & 0xFFFFFFFF
-                # `data`: as in `_apply`.
+                # `data`: as in `engines.subspace.chunk_application`.
                 matrix.residual.apply(subspace.weight.data, share.learning_rate, self.settings, key)
 
     @property
@@ -559,21 +571,6 @@ class Lsp:
         if self._pipeline is None:
             self.link.host_wait(self._share.total_known)
 
-    @torch.no_grad()
-    def _apply(self, matrices: Sequence[CoreMatrix], direction: Tensor, share: StepShare) -> None:
-        """W <- W (1 - lr wd) - lr P dS Q^T; `direction` holds the cores of the chunk."""
-        for matrix in matrices:
-            core = matrix.of(direction)
-            if matrix.residual is not None:
-                matrix.residual.follow(core)
-            # HAZARD: blocks that take turns in a slot share its count of changes, by which autograd would
-            # take one block's update for a change of what another has saved; `data` does not count.
-            self._update(matrix.subspace, matrix.subspace.weight.data, core, share)
-
-    def _update(self, subspace: Subspace, weight: Tensor, core: Tensor, share: StepShare) -> None:
-        key = subspace_seed(self.context.seed, subspace.name, share.step) & 0xFFFFFFFF
-        apply_core(subspace, weight, core, share.learning_rate, self.settings, key)
-
     def _settle(self, place: int) -> None:
         """Let the compute stream wait for a block's updates in flight, and apply those of a streamed one."""
         if self.streamed is None:
@@ -590,7 +587,7 @@ class Lsp:
         begin = 0
         for chunk, update in zip(self._blocks[place].chunks, self._in_flight.take(place), strict=True):
             end = begin + chunk.core.numel()
-            self._apply(chunk.matrices, directions[begin:end], update.share)
+            chunk.application(directions[begin:end], update.share)
             begin = end
 
     def _is_updated(self, place: int, wait: bool) -> bool:
@@ -638,7 +635,8 @@ class Lsp:
             self.streamed.weights.enter_forward(subspace.block)
         core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
-        self._update(subspace, trial, core, self._share)
+        key = rounding_key(self.context.seed, subspace, self._share)
+        apply_core(subspace, trial, core, self._share.learning_rate, self.settings, key)
         return realized_of_core(subspace, trial, core, self._share.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------

@@ -5,6 +5,11 @@ LSP-Offload (2406.10181), Algorithm 1, lines 16 and 17.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.kernels.triton_launch import has_triton
@@ -15,23 +20,48 @@ from engines.subspace.subspaces import Subspace
 
 
 def apply_core(
-    subspace: Subspace, weight: Tensor, core: Tensor, rate: float, settings: LspSettings, key: int
+    subspace: Subspace,
+    weight: Tensor,
+    core: Tensor,
+    rate: float,
+    settings: LspSettings,
+    key: int,
+    numbers: Tensor | None = None,
 ) -> None:
     """Move `weight` (m, n), which may be another than the subspace's, by `core` (d, d) of its dtype.
 
-    `key`, 32 bits, seeds the rounding: the same one gives the same bits.
+    `key`, 32 bits, seeds the rounding: the same one gives the same bits. `numbers`: what `kernel_numbers`
+    gives for this key, where it lies on the weight's device already.
     """
-    decay = 1.0 - rate * settings.weight_decay
-    left, right = subspace.left, subspace.right
-    if _takes_kernel(weight) and isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
+    left, right, decay = subspace.left, subspace.right, decay_of(rate, settings)
+    if is_one_kernel(subspace) and isinstance(left, BlockProjector) and isinstance(right, BlockProjector):
         from engines.subspace import projector_kernels
 
+        if numbers is None:
+            numbers = torch.from_numpy(kernel_numbers([key], rate, decay)[0]).to(weight.device)
         dither = is_dithered(weight.dtype, settings.rounding)
-        projector_kernels.block_update(
-            weight, core, left.values, right.values, rate, decay, key, dither=dither
-        )
+        projector_kernels.block_update(weight, core, left.values, right.values, numbers, dither=dither)
     else:
         _move(weight, decompress(core, left, right), rate, decay, settings, key)
+
+
+def is_one_kernel(subspace: Subspace) -> bool:
+    """Whether a core of `subspace` is applied to its weight by one kernel."""
+    block_diagonal = isinstance(subspace.left, BlockProjector) and isinstance(subspace.right, BlockProjector)
+    return _takes_kernel(subspace.weight) and block_diagonal
+
+
+def kernel_numbers(keys: Sequence[int], rate: float, decay: float) -> NDArray[np.int32]:
+    """(keys, 4): what `projector_kernels.block_update` is told of a step, for each key."""
+    numbers = np.zeros((len(keys), 4), dtype=np.int32)
+    numbers[:, :2] = np.array([rate, decay], dtype=np.float32).view(np.int32)
+    numbers[:, 2] = np.array(keys, dtype=np.uint32).view(np.int32)
+    return numbers
+
+
+def decay_of(rate: float, settings: LspSettings) -> float:
+    """What a step at that rate leaves of a weight before its update."""
+    return 1.0 - rate * settings.weight_decay
 
 
 def apply_delta(weight: Tensor, delta: Tensor, rate: float, settings: LspSettings, key: int) -> None:

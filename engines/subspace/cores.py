@@ -20,6 +20,7 @@ from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import CORE_SLOTS, chunk_ends
 from engines.shapes import Workload
+from engines.subspace.chunk_application import ChunkApplication
 from engines.subspace.core_matrix import Calibrator, CoreMatrix, core_matrices
 from engines.subspace.projector import Projector, transport_moments
 from engines.subspace.residual import residual_buffers
@@ -73,6 +74,8 @@ class CoreChunk:
     matrices: list[CoreMatrix]
     core: Tensor
     """(elements,) on the GPU, in its block's slot."""
+    application: ChunkApplication
+    """What brings its directions into the matrices."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -156,8 +159,11 @@ class Cores:
             made = [torch.zeros(size, device=device) for size in (sizes if self._own_sums else [max(sizes)])]
             self._sums = [made[place % len(made)][:size] for place, size in enumerate(sizes)]
         left_out = residual_buffers(subspaces, dtype, device) if settings.residual else []
+        matrices_in_all, pins = sum(map(len, subspaces)), settings.offload and device.type == "cuda"
+        numbers = torch.zeros(matrices_in_all, 4, dtype=torch.int32, device=device)
+        numbers_on_host = torch.zeros(matrices_in_all, 4, dtype=torch.int32, pin_memory=pins)
         self.blocks: list[CoreBlock] = []
-        begin = 0  # of a chunk, among all cores
+        begin = first = 0  # of a chunk, among all cores and all matrices
         for place, members in enumerate(subspaces):
             core, sums = slots[place % len(slots)], self._sums[place]
             of_block, buffers = begin, iter(left_out)
@@ -166,16 +172,21 @@ class Cores:
                 end = begin + _elements(group)
                 own = slice(begin - of_block, end - of_block)  # of its block's cores
                 its_sums = None if sums is None else sums[own]
+                matrices = core_matrices(
+                    group, core[own], its_sums, calibrator, workload, settings.residual, buffers
+                )
+                rows = slice(first, first + len(group))
                 chunks.append(
                     CoreChunk(
                         state=self._state(place, begin, end, noise_key(seed, place, len(chunks))),
-                        matrices=core_matrices(
-                            group, core[own], its_sums, calibrator, workload, settings.residual, buffers
-                        ),
+                        matrices=matrices,
                         core=core[own],
+                        application=ChunkApplication(
+                            matrices, settings, seed, numbers=numbers[rows], on_host=numbers_on_host[rows]
+                        ),
                     )
                 )
-                begin = end
+                begin, first = end, rows.stop
             self.blocks.append(
                 CoreBlock(
                     chunks=chunks,

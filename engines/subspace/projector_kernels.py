@@ -136,13 +136,16 @@ def _hash_rounded(value, element, key, DITHER: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["rate", "decay", "key"])
+@triton.jit
 def _block_update_kernel(
-    weight, core, left, right, m, n, left_blocks, right_blocks, rate, decay, key,
+    weight, core, left, right, m, n, left_blocks, right_blocks, numbers,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT_GROUP: tl.constexpr, RIGHT_GROUP: tl.constexpr,
     R: tl.constexpr, WIDTH: tl.constexpr, DITHER: tl.constexpr,
 ):  # fmt: skip
-    """W <- round(W decay - rate P S Q^T) for one tile of W."""
+    """W <- round(W decay - rate P S Q^T) for one tile of W. `numbers`: see `block_update`."""
+    rate = tl.load(numbers).to(tl.float32, bitcast=True)
+    decay = tl.load(numbers + 1).to(tl.float32, bitcast=True)
+    key = tl.load(numbers + 2)
     top = tl.program_id(1) * ROWS
     start = tl.program_id(0) * COLUMNS
     left_block = (top * left_blocks) // m
@@ -215,21 +218,22 @@ def block_update(
     core: Tensor,
     left: Tensor,
     right: Tensor,
-    rate: float,
-    decay: float,
-    key: int,
+    numbers: Tensor,
     *,
     dither: bool,
 ) -> None:
     """W <- round(W decay - rate P S Q^T), of contiguous `weight` (m, n) and `core` (d, d), with the values of
-    block-diagonal projectors, all of one dtype. P S is rounded to it; all sums are in fp32."""
+    block-diagonal projectors, all of one dtype. P S is rounded to it; all sums are in fp32.
+
+    `numbers`, (4,) int32, has the bits of rate and decay in fp32 and the key of the rounding; they lie beside
+    the weight, so that a CUDA graph finds those of its step."""
     (m, n), r = weight.shape, left.shape[1]
     blocks, width = core.shape[0] // r, triton.next_power_of_2(r)
     sizes = SIZES[weight.element_size()]
     edge = sizes.edge
     launch(
         _block_update_kernel, (triton.cdiv(n, edge), triton.cdiv(m, edge)),
-        weight, core, left, right, m, n, blocks, blocks, rate, decay, key,
+        weight, core, left, right, m, n, blocks, blocks, numbers,
         ROWS=edge, COLUMNS=edge, LEFT_GROUP=_blocks_within(edge, m, blocks, width),
         RIGHT_GROUP=_blocks_within(edge, n, blocks, width), R=r, WIDTH=width, DITHER=dither,
         num_warps=sizes.warps, enable_fp_fusion=False,

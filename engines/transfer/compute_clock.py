@@ -46,7 +46,10 @@ class ComputeClock:
             self._span = self._timeline.begin(self._stream, self.label)
 
     def go_on_with(self, label: str) -> None:
-        """What comes now has another name."""
+        """What comes now has another name. Without a timeline nobody asks for it, and two events are
+        spared."""
+        if self._timeline is None and self.is_running:
+            return
         self.stop()
         self.label = label
         self.start()

@@ -127,9 +127,7 @@ def odd_cases() -> Iterator[Callable[[], object]]:
         flat(21 * 21, bf16).view(21, 21),
         left,
         right,
-        1e-4,
-        0.9,
-        5,
+        torch.zeros(4, dtype=torch.int32, device=kernel_compiler.DEVICE),
         dither=True,
     )
     yield lambda: projector_kernels.plain_update(

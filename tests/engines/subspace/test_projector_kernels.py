@@ -8,6 +8,7 @@ import torch
 
 from engines.kernels.triton_launch import has_triton
 from engines.noise.stochastic_rounding import dithered, updated
+from engines.subspace.apply import kernel_numbers
 from engines.subspace.projector import BlockProjector, decompress, random_block_projector
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
@@ -55,7 +56,8 @@ def test_an_update_by_blocks_is_that_of_the_expanded_core(m: int, n: int, d: int
     expected = weight.clone()
     dense = left.dense() @ core @ right.dense().T
     updated(expected, dense, 0.1, 0.9, "nearest", 0)
-    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, 0, dither=False)
+    numbers = torch.from_numpy(kernel_numbers([0], 0.1, 0.9)[0])
+    projector_kernels.block_update(weight, core, left.values, right.values, numbers, dither=False)
     torch.testing.assert_close(weight, expected, rtol=1e-3, atol=2e-3)  # tensor cores may take tf32
 
 
@@ -99,5 +101,6 @@ def test_in_16_bits_sums_are_in_fp32(dtype: torch.dtype, m: int, n: int, d: int,
     weight = matrix(m, n, seed=4).to(dtype)
     expected = weight.double() * 0.9 - dense @ core.double() @ other.T * 0.1
     dither = dtype == torch.bfloat16
-    projector_kernels.block_update(weight, core, left.values, right.values, 0.1, 0.9, 7, dither=dither)
+    numbers = torch.from_numpy(kernel_numbers([7], 0.1, 0.9)[0]).to(weight.device)
+    projector_kernels.block_update(weight, core, left.values, right.values, numbers, dither=dither)
     assert_close(weight, expected)
