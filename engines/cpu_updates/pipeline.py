@@ -34,7 +34,7 @@ from engines.cpu_updates.cpu_threads import AdamThreads
 from engines.cpu_updates.rank_numbers import POLL_S
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.errors import NonFiniteLoss, PeerLost, UserError
-from engines.transfer.clock import EventPair, now_s
+from engines.transfer.clock import EventPair, now_s, on_stream
 from engines.transfer.compute_clock import ComputeClock
 from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
@@ -382,7 +382,7 @@ class UpdatePipeline:
         if self._stream is None:
             destination(direction, update.share)
             return
-        with torch.cuda.stream(self._stream):
+        with on_stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
