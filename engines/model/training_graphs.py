@@ -96,12 +96,15 @@ class TrainingGraphs:
     def __init__(self, blocks: RunsBlocks) -> None:
         self._blocks = blocks
         self._forms: dict[Any, _Form] = {}
+        self._last: tuple[BlockCall, torch.Size, torch.dtype, _Form | None] | None = None
+        """What was asked for last, which is asked for again at once."""
         self._step = 0
         self._pool = _cuda.graph_pool_handle()
         self._stream = _cuda.Stream()
 
     def begin(self) -> None:
         self._step += 1
+        self._last = None
         for form in self._forms.values():
             for place in form.shared:
                 place.source = None
@@ -109,22 +112,32 @@ class TrainingGraphs:
     def forget(self) -> None:
         """Let go of all graphs and their memory; forms count as new."""
         self._forms.clear()
+        self._last = None
         self._pool = _cuda.graph_pool_handle()  # the one before goes with its last graph
         _cuda.empty_cache()
 
     def knows(self, call: BlockCall, hidden: Tensor) -> bool:
         """Whether inputs of this form run as graphs: not in the step that saw the first, and no form too
         many."""
-        key = _key(call, hidden)
-        if key not in self._forms:
-            if len(self._forms) == MOST_FORMS:
-                return False
+        form = self._form(call, hidden)
+        return form is not None and form.since < self._step
+
+    def _form(self, call: BlockCall, hidden: Tensor) -> _Form | None:
+        """`None`: a form too many."""
+        last = self._last
+        if last is not None and last[0] is call and last[1:3] == (hidden.shape, hidden.dtype):
+            return last[3]
+        key = (tuple(hidden.shape), hidden.dtype, form_key(call))
+        if key not in self._forms and len(self._forms) < MOST_FORMS:
             self._forms[key] = _Form(self._step, torch.empty_like(hidden), torch.empty_like(hidden))
-        return self._forms[key].since < self._step
+        form = self._forms.get(key)
+        self._last = (call, hidden.shape, hidden.dtype, form)
+        return form
 
     def forward(self, index: int, call: BlockCall, hidden: Tensor) -> Tensor:
         """The hidden state after block `index`, of the form of `hidden`, which `knows`."""
-        form = self._forms[_key(call, hidden)]
+        form = self._form(call, hidden)
+        assert form is not None
         form.hidden.copy_(hidden)
 
         def work(placed: BlockCall) -> None:
@@ -146,7 +159,8 @@ class TrainingGraphs:
 
     def backward(self, index: int, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient of `hidden` from that of what `forward` gave; adds to those of parameters."""
-        form = self._forms[_key(call, hidden)]
+        form = self._form(call, hidden)
+        assert form is not None
         if self._blocks.is_recomputed(index):
             form.hidden.copy_(hidden)
         form.gradient.copy_(gradient)
@@ -192,7 +206,3 @@ class TrainingGraphs:
         with capturing(self._stream, self._pool) as graph:
             work()
         return graph
-
-
-def _key(call: BlockCall, hidden: Tensor) -> Any:
-    return (tuple(hidden.shape), hidden.dtype, form_key(call))
