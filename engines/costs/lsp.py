@@ -88,14 +88,13 @@ STREAM_LAUNCHES = 18
 such a block starts 50 to 56 operations of torch more for each matrix, of which a model's own launches have
 three to four each. By time on a CPU a tiny Llama's block takes 15 in each step."""
 
-BLOCK_LAUNCHES = 19
-"""Per matrix of a block whose weights stay, in operations without autograd and once a step: all that the
-interpreter's lock lets do one thing at a time, copies of cores, events, the queue of the CPU's thread, and
-what applies updates. With `REPLAY_LAUNCHES` a block of SmolLM2-135M took 146 to 162 in three processes that
-each timed an operation (reports/results/smollm2-135m-sst2-seconds-24gb of 30 November), of deepseek-coder
-146 and 148 (deepseek-coder-1.3b-384-tokens-lsp_h200_20261130, -lsp-quarter). OPT-125M's, with six matrices
-and not seven, took 102 and Qwen2.5's 123 at the speed that a Python loop had around their steps
-(`tests/studies/prediction_grid_h200_fourth_evening`)."""
+BLOCK_LAUNCHES = 45
+"""Of a block whose weights stay, in operations without autograd and once a step: copies of cores, events, the
+queue of the CPU's thread, and what applies its updates as one graph. With `REPLAY_LAUNCHES` three models'
+blocks took 56, 60 and 67 on an H200 (engines/EXPERIMENTS.md, 1 December 2026)."""
+
+APPLY_LAUNCHES = 11
+"""Per matrix, where updates are applied kernel by kernel: a block of seven took 146 to 162 when all were."""
 
 REPLAY_LAUNCHES = 15
 """The same of each micro-batch where blocks run as CUDA graphs, both passes: copies in and out of the graphs'
@@ -256,7 +255,9 @@ def _layer(
     each = (COMPILED_MATRIX_LAUNCHES if passes.compiled else LAUNCHES) * workload.accumulation
     each += STREAM_LAUNCHES * settings.streams
     launches = layer.launches + each * len(shape.matrices)
-    python_launches = BLOCK_LAUNCHES * len(shape.matrices)
+    python_launches = BLOCK_LAUNCHES
+    if not (passes.captured and settings.projector == "block" and settings.residual == 0):
+        python_launches += APPLY_LAUNCHES * len(shape.matrices)
     if settings.streams or not settings.offload:
         python_launches = 0
     if passes.captured:

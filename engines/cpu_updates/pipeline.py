@@ -118,18 +118,14 @@ class UpdatePipeline:
             thread.start()
 
     def direction(self, state: TravellingChunk) -> Tensor:
-        """(elements,) on the GPU: where what is to be applied of a chunk arrives, at each update."""
-        return self._slots[self._slot(state)][: state.outgoing.numel()]
-
-    def _slot(self, state: TravellingChunk) -> int:
-        """Neighbours, which come back one after the other, have different ones."""
-        return state.number % len(self._slots)
+        """(elements,) on the GPU: where what is to be applied of a chunk arrives, at each update. Neighbours,
+        which come back one after the other, have different slots."""
+        return self._slots[state.number % len(self._slots)][: state.outgoing.numel()]
 
     def submit(self, updates: Sequence[ChunkUpdate]) -> None:
         """Take a job whose downloads are enqueued. Does not wait."""
-        if not updates:
-            return
-        self._add([_Job(list(updates))])
+        if updates:
+            self._add([_Job(list(updates))])
 
     def submit_each(self, updates: Sequence[ChunkUpdate]) -> None:
         """`submit` each by itself; the thread is woken once."""
@@ -375,7 +371,7 @@ class UpdatePipeline:
                 outgoing, destination.memory, after=destination.free, name=name
             )
             return
-        slot = self._slot(update.state)
+        slot = update.state.number % len(self._slots)
         direction = self.direction(update.state)
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
         arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)

@@ -55,6 +55,7 @@ from hidden_libraries import START_CUDA, hidden  # noqa: E402
 
 from engines.base import LinkRates  # noqa: E402
 from engines.costs.exact_offload import few_gradient_blocks  # noqa: E402
+from engines.costs.lsp import BLOCK_LAUNCHES  # noqa: E402
 from engines.costs.memory.trial import MOST_TOKENS, trial_moment  # noqa: E402
 from engines.costs.resources.traffic import Traffic  # noqa: E402
 from engines.costs.table import traffic  # noqa: E402
@@ -101,6 +102,11 @@ CAPTURED_FROM = "2026-11-30T18:40"
 UNLOCKED_FROM = "2026-11-30T02:10"
 """Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms
 with 24 blocks: their times are not those of the engines of today."""
+APPLIED_AS_GRAPHS_FROM = "2026-12-01T02:20"
+"""Before it `lsp` started the kernels that apply a block's updates one by one (`STARTED_BEFORE`)."""
+STARTED_BEFORE = 19
+"""Operations that this and the rest of a block whose weights stay took, for each matrix of it and once a
+step: `engines.costs.lsp.BLOCK_LAUNCHES` as it was counted until then."""
 LOSS_COMPILED_FROM = "2026-11-30T06:15"
 """Before it compiled blocks of `qlora` that run again kept what their products gave."""
 MADE_FIRST_FROM = "2026-11-30T12:00"
@@ -589,7 +595,22 @@ def cost_of(record: Run, job: Job) -> Traffic:
         given.setdefault("gradient_blocks", str(few_gradient_blocks(shape.num_blocks)))
     if record.engine == "exact-offload" and record.time < CAPTURED_FROM:
         given.setdefault("graphs", "false")
-    return traffic(record.engine, shape, job.workload, parse_settings(record.engine, given))
+    cost = traffic(record.engine, shape, job.workload, parse_settings(record.engine, given))
+    if record.engine == "lsp" and record.time < APPLIED_AS_GRAPHS_FROM:
+        return _started_one_by_one(cost, len(shape.matrices))
+    return cost
+
+
+def _started_one_by_one(cost: Traffic, matrices: int) -> Traffic:
+    """Of a step of `lsp` that has what is today a graph started kernel by kernel."""
+    more = STARTED_BEFORE * matrices - BLOCK_LAUNCHES
+    layers = [
+        each._replace(python_launches=each.python_launches + more)
+        if each.name.startswith("block.") and each.python_launches and not each.launches
+        else each
+        for each in cost.layers
+    ]
+    return replace(cost, layers=tuple(layers))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
