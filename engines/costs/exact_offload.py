@@ -338,9 +338,11 @@ def _gpu_memory(shape: ModelShape, workload: Workload, settings: ExactOffloadSet
     logits = loss.logits_bytes(shape, workload, compiled=passes.compiled)
     tuning = loss.TUNING_BYTES if passes.compiled else 0
     of_head = 0 if on_gpu else element * shape.head_parameters
+    # The GPU's update forgets those outside the blocks; those of the host have places of their own.
+    early = 0 if on_gpu and workload.accumulation == 1 else non_block
     moments = (
         {
-            "gradients": held["gradients"] + non_block,
+            "gradients": held["gradients"] + early,
             "activations": saved + between,
             "logits": logits + int(loss.TUNED_AT_A_LOSS * tuning),
         },

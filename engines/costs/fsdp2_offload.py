@@ -36,12 +36,17 @@ def traffic(shape: ModelShape, workload: Workload, settings: Fsdp2OffloadSetting
     pinned = 2 * pinned_copy_bytes(shape, element)
     up_at_once = element * (non_block + BLOCKS_UP * block)
     memory = training_memory(
-        shape, workload, held={"weights": up_at_once}, gradients=element * (non_block + block)
+        shape,
+        workload,
+        held={"weights": up_at_once},
+        gradients=element * (non_block + block),
+        forgets_logits=True,
     )
     # Parameters come up in one piece, on a stream of its own, and are copied to where they are used: what is
-    # outside the blocks, and a block. torch gives memory of one stream to no other.
+    # outside the blocks, and a block. torch gives memory of one stream to no other. Segments of a fixed size
+    # are made for each, and expandable ones have room for both, one after the other.
     memory["gpu_apart_bytes"] += element * (non_block + block)
-    memory["gpu_pool_bytes"] += element * (non_block + block)
+    memory["gpu_pool_bytes"] += element * max(non_block, block)
     return Traffic(
         layers=tuple(layers),
         **memory,

@@ -10,7 +10,7 @@ from engines.costs.memory.segments import (
     lost_between_matrices,
     lost_in_logits,
 )
-from engines.costs.resources.traffic import DividedWeights, GpuMemory, Traffic
+from engines.costs.resources.traffic import DividedWeights, Traffic, TrainingMemory
 from engines.costs.transformer import BlockPasses
 from engines.settings.first_order import (
     BlockPassSettings,
@@ -71,6 +71,15 @@ beside it, noon and the second afternoon); of twelve the night before three did,
 most of it in `MARGIN` now.
 Other methods missed by more there (`lora` by up to 21 %) or have no such runs, and leave a tenth."""
 
+BETWEEN_GRADIENTS = 0.15
+"""Of gradients of all weights, what lies free between them at the most, with expandable segments. They are
+made where a block's activations were, beside tensors that come and go; what is left between two is often less
+than a page of 20 MiB, which torch gives back only as a whole, or lies in a graph's pool, of which it gives
+nothing back. 0.15 of OPT-1.3B in steps of 1,024 tokens, captured or not, and of Qwen2.5 1.5B with
+`adamw-8bit`, whose second step asks for 467 MB in one piece while 0.48 GB lie so in 52 places (replays of
+their allocations); 0.01 to 0.1 in nine others (`tests/studies/prediction_grid_h200_fifth_evening`,
+`_last_evening`, `_expandable`)."""
+
 UNSHARED = 0.5
 """Of what is there at different moments and might share places, how much does not, where passes are not
 captured and an engine has tensors of other sizes than the weights': 0.3 to 0.8 in eleven jobs on H200s. torch
@@ -130,6 +139,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
             gradients=element * shape.parameters,
             passes=passes,
             tensors_of_a_matrix=4,
+            forgets_logits=True,
         ),
         gpu_held_bytes=shape.num_blocks * GRAPH_BYTES if passes.captured else 0,
         gpu_spare=SPARE,
@@ -152,7 +162,8 @@ def training_memory(
     more_between: int = 0,
     more_in_block: int = 0,
     more_again: int = 0,
-) -> GpuMemory:
+    forgets_logits: bool = False,
+) -> TrainingMemory:
     """GPU memory of a step, and what torch's allocator takes beside.
 
     `held` is there throughout; `gradients` are freed between steps, but not between micro-batches: a CUDA
@@ -160,15 +171,17 @@ def training_memory(
     `tensors_of_a_matrix`: how many of its size and precision there are, itself among them; 0: its form fills
     segments; `None`: not known. `more_between`: what a hidden state between two blocks has beside its size in
     the workload's precision, `more_in_block` what a method has in a block whose backward pass runs, and
-    `more_again` beside that in one that runs again.
+    `more_again` beside that in one that runs again. `forgets_logits`: those of 16 bits
+    (`engines.costs.loss.forgotten_bytes`).
     """
     how = passes or BlockPasses.eager(shape, workload)
     moments = _moments(shape, workload, held, gradients, how)
     if how.compiled and not how.captured:  # a capture comes after the steps in which kernels are made
         whole = how.loss_compiled and how.loss_tokens is None and shape.head == "causal_lm"
-        moments[0]["scratch"] = loss.TUNING_BYTES if whole else 0
+        tuning = max(0, loss.TUNING_BYTES - held.get("buffers", 0))  # which are free while kernels are timed
+        moments[0]["scratch"] = tuning if whole else 0
         for moment in moments[1:3]:
-            moment["scratch"] = loss.TUNING_BYTES
+            moment["scratch"] = tuning
     recomputed = min(how.recomputed, shape.num_blocks)
     again = more_in_block + (more_again if recomputed else 0)
     for moment, more in zip(moments, (0, more_in_block, again, again), strict=False):
@@ -176,6 +189,13 @@ def training_memory(
     for moment in moments[:3]:
         moment["activations"] += recomputed * more_between
     between = lost_between_hidden_states(shape, workload, moments[0]["activations"])
+    forgotten = 0
+    if forgets_logits and not how.compiled:
+        forgotten = loss.forgotten_bytes(shape, workload, how.loss_tokens)
+        moments[0]["logits"] -= forgotten
+        # Their own segment serves no larger tensor.
+        least = sum(activations.peak_moment(moments).values()) - sum(moments[0].values())
+        forgotten = max(0, forgotten - least)
     if how.captured:
         pool = int(POOL_SHARE * (moments[0]["activations"] + moments[0]["logits"]))
         # What the first step's update makes lies among freed activations, whose places the pool cannot have.
@@ -196,11 +216,12 @@ def training_memory(
     else:
         apart = returned = int(UNSHARED * activations.apart_bytes(moments))
         margin = MARGIN
-    return GpuMemory(
+    return TrainingMemory(
         gpu_memory_bytes=activations.peak_moment(moments),
-        gpu_apart_bytes=apart,
+        gpu_apart_bytes=apart + forgotten,
         gpu_pool_bytes=0,
-        gpu_returned_bytes=returned,
+        gpu_returned_bytes=returned + forgotten,
+        gpu_between_gradients_bytes=int(BETWEEN_GRADIENTS * gradients),
         gpu_margin=margin,
         gpu_without_triton_bytes=0,
         workspaces=workspaces(passes),

@@ -62,7 +62,13 @@ def adamw_8bit(shape: ModelShape, workload: Workload, settings: AdamW8bitSetting
     return Traffic(
         layers=tuple(_with_paging(layer, shape) for layer in on_gpu) if settings.paged else on_gpu,
         **training_memory(
-            shape, workload, held=held, gradients=gradients, passes=passes, tensors_of_a_matrix=2
+            shape,
+            workload,
+            held=held,
+            gradients=gradients,
+            passes=passes,
+            tensors_of_a_matrix=2,
+            forgets_logits=True,
         ),
         gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={
@@ -100,6 +106,7 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
             gradients=IN_FLIGHT * element * shape.largest_tensor,
             passes=passes,
             tensors_of_a_matrix=3,
+            forgets_logits=True,
         ),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )

@@ -64,7 +64,7 @@ RAN_OUT = 176
 """Of memory."""
 NOW = {
     "step": (39, 0.0227, 0.1131),
-    "reserved GPU memory": (196, 0.028, 0.075),
+    "reserved GPU memory": (196, 0.0276, 0.0711),
     "host memory": (73, 0.0207, 0.0404),
 }
 """Cells, median error and within what nine in ten are, of all folders but those below; a better model makes
@@ -89,27 +89,25 @@ DRAWN = {
     "_fourth_evening": {
         "step": (18, 0.0539, 0.1369),
         "step, with these launches": (18, 0.0604, 0.2136),
-        "reserved GPU memory": (18, 0.0419, 0.152),
+        "reserved GPU memory": (18, 0.038, 0.1274),
         "host memory": (2, 0.0453, 0.0608),
     },
     "_fifth_evening": {
         "step": (23, 0.0899, 0.4064),
         "step, with these launches": (23, 0.0864, 0.5016),
-        "reserved GPU memory": (23, 0.0246, 0.1075),
+        "reserved GPU memory": (23, 0.0118, 0.0331),
         "host memory": (2, 0.0264, 0.0336),
     },
     "_expandable": {
-        "reserved GPU memory": (27, 0.014, 0.0462),
+        "reserved GPU memory": (27, 0.014, 0.0315),
         "host memory": (4, 0.0595, 0.069),
     },
     "_last_evening": {
-        "reserved GPU memory": (22, 0.0215, 0.0927),
+        "reserved GPU memory": (22, 0.0161, 0.0281),
         "host memory": (5, 0.0426, 0.1061),
     },
 }
 """The same of folders whose cells were drawn by lot, and of that with expandable segments, each by itself."""
-NOT_UNDERSTOOD = {"adamw-8bit-qwen-1.5b-2x512-edge", "qlora-opt-125m-16x512-edge"}
-"""They ran out and would be called fitting again, within 0.2 % of their limits (the last README)."""
 MAY_GROW = 1.05
 INSIDE = 0.9
 """Share of steps that take what their range says."""
@@ -175,17 +173,15 @@ def test_nine_in_ten_steps_take_what_their_range_says() -> None:
 
 
 def test_what_ran_out_of_memory_is_not_called_fitting_any_more() -> None:
-    """With the settings and the limit that it had; but for two."""
+    """With the settings and the limit that it had."""
     ran_out = [
         (record, budget)
         for record, budget in records()
         if record.end_state == "oom_gpu" and needs_as_today(record)
     ]
     assert len(ran_out) == RAN_OUT
-    still = {record.id: limit_share(record, budget) for record, budget in ran_out}
-    still = {name: share for name, share in still.items() if share <= 1}
-    assert still.keys() == NOT_UNDERSTOOD
-    assert min(still.values()) > 0.998
+    still = [record.id for record, budget in ran_out if limit_share(record, budget) <= 1]
+    assert not still
 
 
 def test_little_that_ran_would_be_refused() -> None:

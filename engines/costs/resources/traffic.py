@@ -142,6 +142,12 @@ class GpuMemory(TypedDict):
     workspaces: int
 
 
+class TrainingMemory(GpuMemory):
+    """The same of methods whose gradients lie among activations."""
+
+    gpu_between_gradients_bytes: int
+
+
 FREE_SHARE = 0.10
 """Of the GPU, what plans leave free of their own accord where nothing says how far a method's memory is from
 its prediction."""
@@ -169,6 +175,9 @@ class Traffic:
     gpu_pool_bytes: int = 0
     """The same with expandable segments, which have no sizes: what lies in the pool of a CUDA graph while the
     peak is elsewhere, or of another stream."""
+    gpu_between_gradients_bytes: int = 0
+    """With expandable segments, what lies free between gradients at the most, in pieces that are smaller than
+    a page."""
     gpu_returned_bytes: int = 0
     """Of `gpu_apart_bytes`, what torch gives back before memory runs out: places that nothing uses any more,
     outside of graphs. A run that has less memory does without them."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engines.base import Batch
 from engines.costs.adapters import KEPT_IN_FP32, KEPT_IN_FP32_OF_GPT2
+from engines.costs.loss import TUNING_BYTES
 from engines.costs.table import traffic
 from engines.costs.transformer import has_long_activation
 from engines.first_order.adapters import adapted_layers, add_adapters, run_in_bf16
@@ -94,3 +95,23 @@ def test_eager_blocks_with_adapters_keep_what_is_counted(name: str, monkeypatch:
         in_fp32 = WORKLOAD.batch_size * WORKLOAD.seq_len * shape.hidden * of_element
     counted, saved = differences(name, in_fp32, monkeypatch, compiled=False)
     assert counted == pytest.approx(saved, rel=0.07)
+
+
+@pytest.mark.parametrize(("name", "times"), [("opt-125m", 1), ("roberta-base", 0)])
+def test_blocks_of_four_bits_that_end_in_a_sum_give_fp32_states(name: str, times: int) -> None:
+    """Blocks that end in LayerNorm give them with any matrices."""
+    shape, workload = named_shape(name), Workload(batch_size=16, seq_len=512)
+    told = {"checkpointed_blocks": str(shape.num_blocks), "graphs": "false"}
+    lora, qlora = (
+        traffic(engine, shape, workload, parse_settings(engine, told)).gpu_memory_bytes
+        for engine in ("lora", "qlora")
+    )
+    more = qlora["activations"] - lora["activations"]
+    assert more == times * shape.num_blocks * workload.hidden_bytes(shape)
+
+
+def test_buffers_of_products_are_free_while_kernels_are_timed() -> None:
+    shape, workload = named_shape("opt-125m"), Workload(batch_size=16, seq_len=512)
+    told = {"checkpointed_blocks": "12", "graphs": "false", "loss_tokens": "1024"}
+    kinds = traffic("qlora", shape, workload, parse_settings("qlora", told)).gpu_memory_bytes
+    assert kinds["buffers"] + kinds["scratch"] == TUNING_BYTES

@@ -213,7 +213,7 @@ def large_host(total_bytes: int) -> Machine:
             {"weights": "streamed", "moments": "bf16", "hidden_states": "host"},
         ),
         (LLAMA_70B, 32768, 1200, 141, {"weights": "streamed"}),
-        (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "outer": "host", "moments": "int8"}),
+        (LLAMA_70B, 32768, 560, 141, {"weights": "streamed", "moments": "int8"}),
         (LLAMA_70B, 32768, 240, 141, {"weights": "streamed", "disk_blocks": 77}),
         (LLAMA_70B, 32768, 128, 141, {"weights": "streamed", "disk_blocks": 76, "disk_weights": True}),
     ],

@@ -712,3 +712,27 @@ def test_parts_of_the_gpus_time_add_up_to_it(engine: str, tokens: int, waits: bo
     assert gpu_parts(cost, replace(H200, memory=LAPTOP_CPU.memory, link=None), workload) is None or (
         engine == "native"
     )
+
+
+def test_gradients_of_all_weights_leave_pieces_between_them() -> None:
+    """In expandable segments, whole at the edge of memory; of others the segments are counted."""
+    cost = traffic("native", DEEPSEEK_1B, TRAINING, parse_settings("native", {}))
+    between = cost.gpu_between_gradients_bytes
+    assert 0 < between < 2 * DEEPSEEK_1B.parameters
+    without = replace(cost, gpu_between_gradients_bytes=0)
+    expandable, plain = (budget_of(H200, None, None, None, expandable=each) for each in (True, False))
+    assert gpu_bytes_needed(cost, expandable) - gpu_bytes_needed(without, expandable) == between
+    assert 0 < reserved_bytes(cost, expandable) - reserved_bytes(without, expandable) < between
+    for needed in (gpu_bytes_needed, reserved_bytes):
+        assert needed(cost, plain) == needed(without, plain)
+
+
+def test_what_lasts_is_known_better_than_what_passes() -> None:
+    budget = budget_of(H200, None, None, None, expandable=True)
+    asked = {
+        kind: gpu_bytes_needed(
+            Traffic(layers=(), gpu_memory_bytes={kind: 10**10}, host_memory_bytes={}), budget
+        )
+        for kind in ("weights", "activations")
+    }
+    assert asked["activations"] - asked["weights"] == pytest.approx(0.035 * 10**10, rel=1e-6)

@@ -258,7 +258,8 @@ def plan_for(workload: Workload, shape: ModelShape, values: dict[str, object]) -
     [
         ("qwen2.5-0.5b", "native", "rtx-3060-12gb", "fp32", True),
         ("roberta-base", "native", "rtx-3060-12gb", "fp32", True),
-        ("deepseek-coder-1.3b", "adamw-8bit", "rtx-4060-ti-16gb", "fp32", False),
+        ("deepseek-coder-1.3b", "adamw-8bit", "rtx-4060-ti-16gb", "fp32", True),
+        ("deepseek-coder-1.3b", "galore", "rtx-4060-ti-16gb", "fp32", False),
         ("deepseek-coder-1.3b", "native", "h200", "bf16", True),
     ],
 )
@@ -634,7 +635,7 @@ def test_a_24_gb_card_keeps_three_quarters_of_opt_13b() -> None:
     assert chosen.prediction.step_s <= 0.32
     # Several micro-batches share perturbed copies of a whole block, which takes room.
     several = plan("zo2", shape=OPT_SIZES["13B"], workload=replace(FORWARD_ONLY, accumulation=4), **limit)
-    assert several.settings["resident_blocks"] == 29
+    assert several.settings["resident_blocks"] == 30
     assert several.fits
 
 
