@@ -349,13 +349,15 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
         return block.launches, block.python_launches
 
     captured = [started(count)[1] for count in (1, 2, 3)]
-    for_cores = 19 * len(TINY.matrices)
-    assert captured[0] == for_cores + 15
+    applied = 11 * len(TINY.matrices)  # where that is no graph
+    assert captured[0] == 45 + 15
+    for kept in ({"projector": "paper"}, {"residual": 0.1}):
+        assert started(1, **kept)[1] == 45 + applied + 15
     assert captured[2] - captured[1] == captured[1] - captured[0] == 15
     own = transformer.COMPILED_LAUNCHES * 3
     streamed = 18 * len(TINY.matrices)
     for values, once, in_python in (
-        ({"graphs": False}, 0, for_cores),
+        ({"graphs": False}, 0, 45 + applied),
         ({"weights": "streamed"}, streamed, 0),
     ):
         for count in (1, 4):
@@ -363,7 +365,7 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
             assert (launches, python) == (count * (own + 9 * len(TINY.matrices)) + once, in_python)
     eager = started(4, checkpointed_blocks=0, compile=False, graphs=False)
     plain_or_gated = transformer.block_launches(TINY) * 3
-    assert eager == (4 * (plain_or_gated + 2 * len(TINY.matrices)), for_cores)
+    assert eager == (4 * (plain_or_gated + 2 * len(TINY.matrices)), 45 + applied)
 
 
 def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None:
