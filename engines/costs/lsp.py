@@ -245,7 +245,7 @@ def _layer(
     adam_bytes = ADAM_SLOWDOWN * ADAM_PASSES * element if settings.train_outer else 0
     if layer.name == "head":
         # No graph has it.
-        launches = 3 * transformer.HEAD_LAUNCHES * workload.accumulation
+        launches = transformer.outside_launches(shape) * workload.accumulation
         on_gpu_bytes = layer.gpu_bytes + adam_bytes * shape.non_block_parameters
         return layer._replace(launches=launches, gpu_bytes=on_gpu_bytes)
     if not layer.name.startswith("block."):

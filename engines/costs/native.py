@@ -117,7 +117,7 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
     updated = [
         layer._replace(
             gpu_bytes=layer.gpu_bytes + block,
-            divided_gpu_bytes=block,
+            update_gpu_bytes=block,
             gathered_bytes=BLOCK_GATHERED * together * shape.block_parameters,
         )
         if layer.name.startswith("block.")
@@ -125,8 +125,9 @@ def traffic(shape: ModelShape, workload: Workload, settings: NativeSettings) -> 
         for layer in layers
     ]
     updated[-1] = updated[-1]._replace(
+        launches=updated[-1].launches + transformer.UPDATE_LAUNCHES * (not passes.captured),
         gpu_bytes=updated[-1].gpu_bytes + non_block,
-        divided_gpu_bytes=non_block,
+        update_gpu_bytes=non_block,
         gathered_bytes=NON_BLOCK_GATHERED * together * shape.non_block_parameters,
     )
     whole = element * (2 * shape.non_block_parameters + 3 * shape.block_parameters)

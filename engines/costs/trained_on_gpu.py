@@ -24,9 +24,9 @@ OPTIMIZER_IN_BACKWARD_LAUNCHES = 5
 the thread of the backward pass. By time on a CPU (`tests/studies/launch_counts.py`), without what CUDA adds:
 four jobs on H200s, of 288 to 432 of them a step, took 5 to 7.8 beside what starts their blocks."""
 
-GALORE_LAUNCHES = 4
-"""The same for one parameter of galore-torch's AdamW: 12 operations without autograd. On an H200 they hide
-behind the passes at 1.3B (0.0705 s), so that they are no more than 9."""
+GALORE_LAUNCHES = 6
+"""The same for one parameter of galore-torch's AdamW: 83 us on an H200's host where an operation took 14.4,
+the captured passes left out (`tests/studies/launch_counts_h200_20261201.json`)."""
 
 DECOMPOSITION_S = 1.6e-11
 """A singular value decomposition of an (m, n) matrix over m n min(m, n): those of the 168 matrices of the

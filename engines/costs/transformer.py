@@ -116,6 +116,14 @@ the Python around each kernel take longer than starting it. By time forward and 
 to 80 operations with autograd on a CPU, of Llama, Qwen2 and OPT alike, where they take 115, 122 and 82 eager,
 and 62 of Llama and 79 of OPT on an H200's host (`tests/studies/launch_counts_h200_20261130.json`)."""
 HEAD_LAUNCHES = 12
+PLAIN_ENTRY_LAUNCHES, GATED_ENTRY_LAUNCHES = 10, 60
+"""What a micro-batch that trains takes outside of the blocks beside its head: embeddings, masks and
+positions, of gated models their rotary embedding. By time on a CPU the models without a head take 6 and 7
+of OPT and GPT-2, 61 and 98 of Llama and Qwen2."""
+UPDATE_LAUNCHES = 50
+"""What torch's fused optimizer takes in a step, its gradients cleared and the loss added up. With this, the
+head and `STEP_LAUNCHES` it is 188 of Llama and 138 of OPT outside of the blocks: 208 to 212 and 115 by time
+on an H200's host (`tests/studies/launch_counts_h200_20261130.json`), 193 to 199 and 128 to 199 on a CPU."""
 
 CHUNK_LAUNCHES = 3
 """The head for one side, chunk of the vocabulary and chunk of the tokens, in launches: the product, the
@@ -221,6 +229,12 @@ def block_launches(shape: ModelShape) -> int:
     return GATED_LAUNCHES if shape.gated_mlp else PLAIN_STARTS
 
 
+def outside_launches(shape: ModelShape) -> int:
+    """What both passes of a micro-batch take to start outside of the blocks, the head among it."""
+    entry = GATED_ENTRY_LAUNCHES if shape.gated_mlp else PLAIN_ENTRY_LAUNCHES
+    return entry + 3 * HEAD_LAUNCHES
+
+
 def largest_matrix_parameters(shape: ModelShape) -> int:
     """Of the matrices of a block."""
     return max((matrix.parameters for matrix in shape.matrices), default=0)
@@ -274,7 +288,7 @@ def training_layers(
         gpu_bytes=workload.accumulation
         * loss.moved_bytes(shape, workload, how.loss_tokens, compiled=how.loss_compiled),
     )
-    last = _started(last, 3 * HEAD_LAUNCHES, 3 * HEAD_LAUNCHES, 3, how, workload)
+    last = _started(last, outside_launches(shape), 3 * HEAD_LAUNCHES, 3, how, workload)
     kept, again = (_training_block(shape, workload, how, recomputed=each) for each in (False, True))
     blocks = [
         (again if index < how.recomputed else kept).named(f"block.{index}")

@@ -38,15 +38,15 @@ CPU_MATMUL_EFFICIENCY = 0.7
 """Rate of a model's matrix products on a CPU over that of one large product: attention and small products
 weigh more. Assumed, not measured."""
 
-LAUNCH_S = 22e-6
-"""Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
-included, where the profile does not say it: the middle of the middle samples of 14 probes on hosts of H200s,
-which are 17 to 58 us. Native's eager blocks that run again took 0.152 to 0.178 s at 1.3B, of which 0.151 are
-predicted with it."""
+AUTOGRAD_TIMES = 1.3
+"""What an operation takes with autograd over what it takes without, at most: 1.09 to 1.27 by six probes of
+H200s' hosts that took the quickest of each window, 1.1 on a CPU. Probes before those took middle samples of
+each by itself, and found up to 3.0, where steps were as with 1.3: they were disturbed."""
 
-AUTOGRAD_TIMES = 1.6
-"""What an operation takes with autograd over what it takes without, at most: 1.04 and 1.5 on two hosts of
-H200s, 1.1 on a CPU. The probe of a third found 3.0, where steps were as with 1.6: it was disturbed."""
+LAUNCH_S = AUTOGRAD_TIMES * FORWARD_LAUNCH_S
+"""Time the CPU needs to start one operation of a model in eager PyTorch, Hugging Face's Python and autograd
+included, where the profile does not say it. Native's eager blocks that run again took 0.152 to 0.178 s at
+1.3B, of which 0.151 are predicted with it."""
 
 PRODUCT_S = 3.2e-6
 """What a matrix product takes beside its operations at the rate of a large one: the GPU fills and drains, and
@@ -148,7 +148,8 @@ def _layer_times(traffic: Traffic, machine: Machine, workload: Workload, bound: 
     rates = _rates(traffic, machine, workload, bound)
     times = _times(traffic.layers, rates)
     launches = _launches_s(traffic, machine, bound)
-    times = _with_launches(times, launches, hides_launches=machine.gpu is not None)
+    updates = [layer.update_gpu_bytes * rates.per_gpu_byte_s for layer in traffic.layers]
+    times = _with_launches(times, launches, updates, hides_launches=machine.gpu is not None)
     each_s = _forward_launch_s(machine, bound)
     waited = [each_s * layer.waited_launches for layer in traffic.layers]
     return [
@@ -203,21 +204,26 @@ def _seconds(figure: Figure, otherwise_s: float, bound: Bound) -> float:
 
 
 def _with_launches(
-    times: list[LayerTimes], launches: list[float], *, hides_launches: bool
+    times: list[LayerTimes], launches: list[float], updates: list[float], *, hides_launches: bool
 ) -> list[LayerTimes]:
     """GPU times with the time that the CPU needs to start the work.
 
     A GPU works while the CPU starts what comes next, and the CPU runs ahead over the whole step: what it
-    waits for, such as the update of a block, the GPU waits for too. A CPU does one after the other.
+    waits for, such as the update of a block, the GPU waits for too. Of the GPU's work, `updates` (seconds)
+    are of an optimizer that comes when all has been started. A CPU does one after the other.
     """
     if not hides_launches:
         return [_longer(each, each.gpu_s + launch) for each, launch in zip(times, launches, strict=True)]
-    work, starting = sum(each.gpu_s for each in times), sum(launches)
+    work, starting = sum(each.gpu_s for each in times) - sum(updates), sum(launches)
     if starting <= work:
         return times
-    if work == 0:
-        return [_longer(each, launch) for each, launch in zip(times, launches, strict=True)]
-    return [_longer(each, each.gpu_s * starting / work) for each in times]
+    if work <= 0:
+        own = zip(launches, updates, times, strict=True)
+        return [_longer(each, launch + update) for launch, update, each in own]
+    return [
+        _longer(each, (each.gpu_s - update) * starting / work + update)
+        for each, update in zip(times, updates, strict=True)
+    ]
 
 
 def _longer(times: LayerTimes, gpu_s: float) -> LayerTimes:

@@ -104,9 +104,10 @@ UNLOCKED_FROM = "2026-11-30T02:10"
 with 24 blocks: their times are not those of the engines of today."""
 APPLIED_AS_GRAPHS_FROM = "2026-12-01T02:20"
 """Before it `lsp` started the kernels that apply a block's updates one by one (`STARTED_BEFORE`)."""
-STARTED_BEFORE = 19
+STARTED_BEFORE = 18
 """Operations that this and the rest of a block whose weights stay took, for each matrix of it and once a
-step: `engines.costs.lsp.BLOCK_LAUNCHES` as it was counted until then."""
+step: 19 as `engines.costs.lsp.BLOCK_LAUNCHES` was counted until then, with what counts outside of the blocks
+since."""
 LOSS_COMPILED_FROM = "2026-11-30T06:15"
 """Before it compiled blocks of `qlora` that run again kept what their products gave."""
 MADE_FIRST_FROM = "2026-11-30T12:00"

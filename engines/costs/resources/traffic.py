@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Literal, NamedTuple, TypedDict
 
 Overlap = Literal[
-    "serial", "gathered", "optimizer_after_backward", "streamed", "layerwise", "blockwise",
-    "blockwise_after_norm",
+    "serial", "gathered", "uploaded_when_called", "optimizer_after_backward", "streamed", "layerwise",
+    "blockwise", "blockwise_after_norm",
 ]  # fmt: skip
 """How a method's use of the resources overlaps in a step; `overlap` beside this module has their times."""
 
@@ -86,8 +86,9 @@ class LayerTraffic(NamedTuple):
     """What comes from the memory of the machine's other GPUs."""
     gathered_bytes: int = 0
     """Where several GPUs divide the weights: of these and of their gradients, what each has to have whole."""
-    divided_gpu_bytes: float = 0.0
-    """Of `gpu_bytes` what they divide then: the optimizer's."""
+    update_gpu_bytes: float = 0.0
+    """Of `gpu_bytes`, those of an optimizer that begins when both passes have been started and ends before
+    the next step is; where GPUs divide the weights they divide them too."""
 
     def named(self, name: str) -> LayerTraffic:
         """The same of another layer, in a third of the time of `_replace`, which goes through all fields."""
@@ -239,7 +240,8 @@ class Traffic:
     def _with_a_part(self, weights: DividedWeights, local_ranks: int) -> Traffic:
         layers = [
             layer._replace(
-                gpu_bytes=layer.gpu_bytes - layer.divided_gpu_bytes * (1 - 1 / local_ranks),
+                gpu_bytes=layer.gpu_bytes - layer.update_gpu_bytes * (1 - 1 / local_ranks),
+                update_gpu_bytes=layer.update_gpu_bytes / local_ranks,
                 from_gpu_bytes=layer.gathered_bytes * (local_ranks - 1) // local_ranks,
                 gathering_s=weights.cpu_s if layer.gathered_bytes else 0.0,
             )

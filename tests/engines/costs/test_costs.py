@@ -368,6 +368,32 @@ def test_lsp_starts_once_a_step_what_micro_batches_do_not_start_by_themselves() 
     assert eager == (4 * (plain_or_gated + 2 * len(TINY.matrices)), 45 + applied)
 
 
+def test_fsdp2_starts_its_own_beside_eager_passes() -> None:
+    """Around a block in each micro-batch, and for each of its tensors in a step."""
+
+    def block(accumulation: int) -> int:
+        workload = replace(TRAINING, accumulation=accumulation, checkpointing=False)
+        return cost("fsdp2-offload", TINY, workload).layers[1].launches
+
+    of_tensors = 7 * transformer.num_tensors(TINY)
+    assert block(1) == 3 * transformer.block_launches(TINY) + 100 + of_tensors
+    assert block(4) == 4 * (3 * transformer.block_launches(TINY) + 100) + of_tensors
+
+
+@pytest.mark.parametrize("engine", ["native", "lsp", "exact-offload", "backward-optimizer"])
+def test_a_gated_model_starts_more_outside_of_its_blocks(engine: str) -> None:
+    """Its rotary embedding, in every micro-batch; a captured pass has it in its graph."""
+    passes = {"compile": False} if engine == "backward-optimizer" else {"graphs": False}
+
+    def outside(shape: ModelShape, accumulation: int) -> int:
+        return cost(engine, shape, replace(TRAINING, accumulation=accumulation), **passes).layers[-1].launches
+
+    gated = replace(TINY, gated_mlp=True)
+    for count in (1, 3):
+        assert outside(gated, count) - outside(replace(TINY, gated_mlp=False), count) == 50 * count
+    assert cost("native", gated, TRAINING).layers[-1].launches == 0
+
+
 def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None:
     def block(accumulation: int, **values: object) -> tuple[float, float]:
         workload = replace(TRAINING, accumulation=accumulation)
@@ -903,6 +929,7 @@ def test_layerwise_shows_one_layers_tail() -> None:
     layers = [layer] * 10
     assert STEP_TIME["layerwise"](layers, 1) == 40 + 1 + 2 + 1
     assert STEP_TIME["optimizer_after_backward"](layers, 1) == 40 + 20 + 10
+    assert STEP_TIME["uploaded_when_called"](layers, 1) == 40 + 5 + 20 + 1
     assert STEP_TIME["serial"](layers, 1) == 80
     slow_cpu = [replace(layer, cpu_s=8.0)] * 10
     assert STEP_TIME["layerwise"](slow_cpu, 1) == 80 + 4 + 1 + 1
