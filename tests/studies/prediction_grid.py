@@ -10,10 +10,11 @@ them; none of the others was. `run` measures the machine
 (`DIR/machine.json`), plans every cell for it as `compare` does, and measures each in a process of its own: a
 copy (fork) of one that has loaded the libraries and has no CUDA context, which spares ten seconds of loading
 them. Records are those of `compare`, in `DIR/runs`; a cell that has one is passed over. Pages of libraries
-that a copy does not touch are not in its host memory, some 0.3 GB, so host memory is compared where it is
-several GB. `table` predicts every record anew, with the settings that it ran with, and prints the errors; of
-a step also with what starting an operation took the run itself (`harness.host_speed.started_s`), which leaves
-the error of the model alone.
+that a copy does not touch are not among its resident pages, some 0.3 GB; since 1 December they are added, as
+a process that loads them itself has them. Host memory is compared where it is several GB. `table` predicts
+every record anew, with the settings that it ran with, and prints the errors; of a step also with what
+starting an operation took the run itself (`harness.host_speed.started_s`), which leaves the error of the
+model alone.
 
 With `--edges-at-once 4` the edges come first, four at a time, each held to its own --vram: what they are
 asked is whether memory is enough, and their times say nothing then (they are left out of the table). Each run
@@ -88,6 +89,9 @@ STEPS, WARMUP = 6, 3
 WARMUP_BESIDE_THE_CPU = 13
 """Of `lsp` and `exact-offload`, which try how many threads to use in their first steps."""
 SAMPLE_S = 0.03
+UNTOUCHED_S, UNTOUCHED_BELOW_BYTES = 2.0, 8_000_000_000
+"""How often a copy is asked which pages it has not touched, and above what it is left alone: the kernel goes
+through all that it has, and they are a twentieth of it at the most."""
 CELL_S = 120.0
 """The longest that a cell may take."""
 LEAST_HOST_BYTES = 4_000_000_000
@@ -302,6 +306,28 @@ def compile_apart(folder: Path) -> None:
         os.environ.pop("TRITON_CACHE_DIR", None)  # torch has its kernels of Triton in its own folder then
 
 
+def untouched_bytes(server: int, copy: int) -> int:
+    """Pages of files that the process `server` has in memory and its copy does not, so far; 0 where the
+    kernel does not say."""
+    of_server, of_copy = (_file_bytes(pid) for pid in (server, copy))
+    if not of_copy:
+        return 0
+    return sum(max(0, size - of_copy.get(place, 0)) for place, size in of_server.items())
+
+
+def _file_bytes(pid: int) -> dict[str, int]:
+    """Resident bytes of each mapping of a file, by its line in `smaps`."""
+    found: dict[str, int] = {}
+    place = ""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+            if "-" in line.partition(" ")[0]:
+                place = line
+            elif line.startswith("Rss:") and "/" in place:
+                found[place] = int(line.split()[1]) * 1024
+    return found
+
+
 class Server:
     """The loaded process, started anew where it was lost."""
 
@@ -318,13 +344,16 @@ class Server:
         pid = int(process.stdout.readline())
         device = open_device()
         sampler = MemorySampler([pid], [] if device is None else [device])
+        untouched, asked_s = 0, time.monotonic()
         ended: list[str] = []
         deadline_s = time.monotonic() + CELL_S
         os.set_blocking(process.stdout.fileno(), False)
         late = False
         while not ended:
-            sampler.take()
+            host_bytes = sampler.take()
             sampler.clocks.take()
+            if time.monotonic() > asked_s + UNTOUCHED_S and host_bytes < UNTOUCHED_BELOW_BYTES:
+                untouched, asked_s = untouched_bytes(process.pid, pid) or untouched, time.monotonic()
             if not late and time.monotonic() > deadline_s:
                 late = True
                 os.kill(pid, 9)
@@ -344,7 +373,8 @@ class Server:
             samples=result.samples,
             summary=replace(
                 result.summary,
-                peak_host_bytes=max(sampler.peak_host_bytes, result.summary.peak_host_bytes or 0) or None,
+                peak_host_bytes=max(sampler.peak_host_bytes, result.summary.peak_host_bytes or 0) + untouched
+                or None,
                 peak_gpu_nvml_bytes=sampler.peak_gpu_bytes if alone else None,
             ),
             by_user=False,

@@ -34,6 +34,7 @@ from tests.studies.prediction_grid import (
     needs_as_today,
     rows_of,
     text_of,
+    untouched_bytes,
 )
 
 WHEN = (
@@ -250,6 +251,17 @@ def test_only_edges_compile_apart_and_find_nothing_compiled(
         (tmp_path / "runs" / f"{cell.name}.json").unlink()
     apart = f".work/{by_kind[1.0].name}/compiled/triton/0"
     assert seen == [(apart, []), (apart, []), ("shared", []), ("shared", ["timed"])]
+
+
+def test_pages_that_a_copy_has_not_touched_are_those_of_its_server_alone() -> None:
+    own = os.getpid()
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("the kernel says nothing of a process's pages")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert untouched_bytes(own, other.pid) > 10_000_000  # other addresses: nothing of it
+        other.kill()
+    assert untouched_bytes(own, own) < 10_000_000
+    assert untouched_bytes(own, 2**22 + 1) == 0
 
 
 def test_the_list_has_what_was_promised() -> None:
