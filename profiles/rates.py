@@ -132,12 +132,22 @@ def memory_copy(machine: Machine) -> tuple[str, Figure]:
 
 def launch_time(machine: Machine, figure: Figure) -> Figure:
     """What starting an operation takes, `figure` of the CPU of `machine`: over windows, which saw its cores
-    at every speed that they ran at. Of a profile without them, the quickest sample: the time of a CPU that
-    nobody disturbs. Two H200s' hosts agree in it, 15.5 and 13.9 us without autograd, where the middle ones
-    were 28 and 14; steps took as long on both."""
-    if machine.cpu.python_turn_s.value is not None or figure.low is None:
+    at every speed that they ran at. What a plain loop took in these says how far apart the speeds are, since
+    operations take as many times longer and each window's quickest tells of the faster one. Of a profile
+    without windows, the quickest sample: the time of a CPU that nobody disturbs. Two H200s' hosts agree,
+    15.5 and 13.9 us without autograd, where the middle ones were 28 and 14; steps took as long on both."""
+    turn = machine.cpu.python_turn_s
+    if figure.value is None or figure.low is None:
         return figure
-    return replace(figure, value=figure.low, high=figure.value)
+    if turn.value is None:
+        return replace(figure, value=figure.low, high=figure.value)
+    if turn.low is None or turn.high is None:
+        return figure
+    return replace(
+        figure,
+        low=min(figure.low, figure.value * turn.low / turn.value),
+        high=max(figure.high or figure.value, figure.value * turn.high / turn.value),
+    )
 
 
 def with_launches_of(machine: Machine, forward_s: float) -> Machine:

@@ -592,9 +592,10 @@ def test_windows_at_two_speeds_are_both_inside_the_range() -> None:
         host_memory_bytes={},
     )
 
-    def told(low: float, value: float, high: float) -> Prediction:
+    def told(low: float, value: float, high: float, slow_turn_s: float = 33e-9) -> Prediction:
         starts = replace(figure(value), low=low, high=high)
-        cpu = replace(H200.cpu, forward_launch_s=starts, python_turn_s=figure(33e-9))
+        turn = replace(figure(33e-9), low=33e-9, high=slow_turn_s)
+        cpu = replace(H200.cpu, forward_launch_s=starts, python_turn_s=turn)
         return predict(cost, replace(H200, cpu=cpu), SMALL)
 
     count = 1000 + STEP_LAUNCHES
@@ -606,6 +607,11 @@ def test_windows_at_two_speeds_are_both_inside_the_range() -> None:
     assert quiet.step_s_high is not None
     assert quiet.step_s_low is not None
     assert quiet.step_s_high / quiet.step_s_low < 1.03 * GPU_MODEL_ERROR**2 < LAUNCH_ERROR**2
+    # The loop was at a speed that no window's quickest operation had.
+    seen = told(15e-6, 15.1e-6, 15.3e-6, slow_turn_s=66e-9)
+    assert seen.step_s == quiet.step_s
+    assert seen.step_s_low == quiet.step_s_low
+    assert seen.step_s_high == pytest.approx(count * 2 * 15.1e-6 * GPU_MODEL_ERROR)
 
 
 def test_a_machine_at_the_speed_of_a_run_starts_everything_as_much_slower() -> None:
