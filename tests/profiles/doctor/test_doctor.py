@@ -12,6 +12,7 @@ import pytest
 from tiny_machine import figure, make_machine
 
 from harness.cli import app
+from harness.runs import launch
 from profiles.doctor.checks_host import FULL_BYTES, NEARLY_FULL_BYTES
 from profiles.doctor.diagnose import CHECKS, Diagnosis, diagnose, diagnosis_text
 from profiles.machine import Disk, GpuReading, Machine, absent, save_machine
@@ -252,15 +253,27 @@ def test_the_command_judges_a_saved_machine(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_programs")
 def test_the_command_judges_this_machine(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A real probe in a process of its own."""
+    """A real probe in a process of its own, in whose home nothing can be written."""
+    probed: list[Machine] = []
+
+    def launch_probe(*, quiet: bool) -> Machine:
+        with monkeypatch.context() as patched:
+            patched.setenv("HOME", "/proc/none")
+            patched.setenv("CUDA_VISIBLE_DEVICES", "")
+            probed.append(launch.launch_probe(quiet=quiet))
+        return probed[0]
+
+    monkeypatch.setattr("harness.cli.machine.launch_probe", launch_probe)
     monkeypatch.setattr(sys, "argv", ["lspzo-bench", "doctor", "--json", "--quiet"])
     with pytest.raises(SystemExit) as stop:
         app.main()
     assert not stop.value.code
-    told = json.loads(capsys.readouterr().out)
+    assert [machine.gpu for machine in probed] == [None]
+    told, errors = capfd.readouterr()
+    assert errors == ""
+    told = json.loads(told)
     judged = [finding["name"] for finding in told["findings"]] + told["in_order"] + list(told["not_judged"])
     assert sorted(judged) == sorted(CHECKS)
