@@ -151,7 +151,13 @@ CASES = (
     Case(engine="exact-offload", family="llama", settings=EAGER),
     Case(engine="exact-offload", family="llama", settings={**EAGER, "gpu_blocks": "11"}),
     Case(engine="torchao-offload", family="llama"),
-    Case(engine="fsdp2-offload", family="llama"),
+    *(Case(engine="fsdp2-offload", family=family) for family in ("llama", "opt")),
+    Case(engine="fsdp2-offload", family="llama", checkpointing=True),
+    *(
+        Case(engine="exact-offload", family=family, settings={"gpu_blocks": "11", **settings})
+        for family, settings in (("llama", {}), ("opt", {}), ("llama", COMPILED))
+    ),
+    *(Case(engine=engine, family="llama") for engine in ("native", "lora", "qlora")),
     Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
     Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
     Case(engine="adamw-8bit", family="llama", settings=EAGER),
@@ -288,16 +294,18 @@ def found_of(case: Case, device: str, seconds: float) -> Found:
 
 def line_of(found: Found) -> str:
     if found.taken is None:
-        return f"| {found.name} | - | - | - | {found.why_not} |"
+        return f"| {found.name} | - | - | - | - | {found.why_not} |"
     assert found.block_s is not None
+    outside = "-" if found.outside_s is None else f"{found.outside_s / found.launch_s:.0f}"
     return (
-        f"| {found.name} | {found.taken:.0f} | {found.counted:.0f} | {1e6 * found.block_s:.0f} "
+        f"| {found.name} | {found.taken:.0f} | {found.counted:.0f} | {outside} | {1e6 * found.block_s:.0f} "
         f"| {1e6 * found.launch_s:.1f} |"
     )
 
 
 HEADER = (
-    "| case | launches of a block | counted | block, us | launch, us |\n| --- | ---: | ---: | ---: | ---: |"
+    "| case | launches of a block | counted | outside of blocks | block, us | launch, us |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
