@@ -217,10 +217,15 @@ def training_memory(
     else:
         apart = returned = int(UNSHARED * activations.apart_bytes(moments))
         margin = MARGIN
+    peak = activations.peak_moment(moments)
+    small = max(0, moments[0]["activations"] - peak["activations"])
+    small = int(activations.small_share(shape, workload) * small)
     return TrainingMemory(
-        gpu_memory_bytes=activations.peak_moment(moments),
+        gpu_memory_bytes=peak,
         gpu_apart_bytes=apart + forgotten,
-        gpu_pool_bytes=0,
+        # A graph's pool keeps what it has.
+        gpu_pool_bytes=small if how.captured else 0,
+        gpu_small_bytes=0 if how.captured else small,
         gpu_returned_bytes=returned + forgotten,
         gpu_between_gradients_bytes=int(BETWEEN_GRADIENTS * gradients),
         gpu_margin=margin,

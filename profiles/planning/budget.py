@@ -246,7 +246,10 @@ def reserved_bytes(cost: Traffic, budget: Budget) -> int:
     workspaces = cost.workspaces * budget.workspace_bytes
     tensors = _placed_bytes(cost, budget) - workspaces
     if budget.is_expandable:
-        between = int(BETWEEN_GRADIENTS_RESERVED * cost.gpu_between_gradients_bytes)
+        # Where activations are small, gradients have no places of theirs to be among.
+        between = max(
+            int(BETWEEN_GRADIENTS_RESERVED * cost.gpu_between_gradients_bytes), cost.gpu_small_bytes
+        )
         return int(tensors * (1 + PAGES_SHARE)) + PAGES_BYTES + between + workspaces
     return int(tensors * (1 + FRAGMENTATION)) + ALLOCATOR_BYTES + workspaces
 

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from engines.costs import transformer
 from engines.shapes import BYTES_PER_ELEMENT, ModelShape, Workload
 
+SMALL_BYTES = 1 << 20
+"""The largest tensor in the range of small ones (`c10/cuda/CUDACachingAllocator`)."""
+
 ATTENTION_PLACES = 5
 """Tensors of the size of a hidden state that attention has at once."""
 
@@ -41,6 +44,22 @@ def block_activation_bytes(shape: ModelShape, workload: Workload, *, compiled: b
     per_token += 4 * shape.experts_per_token * shape.hidden
     scale = BYTES_PER_ELEMENT[workload.dtype] / 2
     return int(tokens * (per_token * scale + 4 * shape.num_heads))
+
+
+def small_share(shape: ModelShape, workload: Workload) -> float:
+    """Of what a block keeps, what lies in tensors of no more than 1 MiB, which torch's allocator has in a
+    range of their own: all, or those of a hidden state's size, or none. Of OPT-1.3B with 2 x 128 tokens,
+    whose hidden states are 1 MiB, 0.21 GB were free in it at the peak of a captured step on an H200, counted
+    as 0.15."""
+    if workload.hidden_bytes(shape) > SMALL_BYTES:
+        return 0.0
+    wide = workload.batch_size * workload.seq_len * shape.intermediate * BYTES_PER_ELEMENT[workload.dtype]
+    if wide <= SMALL_BYTES:
+        return 1.0
+    if not shape.gated_mlp:
+        return 0.5
+    kv = shape.hidden * shape.num_kv_heads / max(1, shape.num_heads)
+    return (12 * shape.hidden + 4 * kv) / (12 * shape.hidden + 4 * kv + 6 * shape.intermediate)
 
 
 def product_activation_bytes(shape: ModelShape, workload: Workload) -> int:

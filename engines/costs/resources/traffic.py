@@ -147,6 +147,7 @@ class TrainingMemory(GpuMemory):
     """The same of methods whose gradients lie among activations."""
 
     gpu_between_gradients_bytes: int
+    gpu_small_bytes: int
 
 
 FREE_SHARE = 0.10
@@ -179,6 +180,9 @@ class Traffic:
     gpu_between_gradients_bytes: int = 0
     """With expandable segments, what lies free between gradients at the most, in pieces that are smaller than
     a page."""
+    gpu_small_bytes: int = 0
+    """With expandable segments, what lies free at the peak in the range of small tensors: activations of
+    before. It is given back before memory runs out."""
     gpu_returned_bytes: int = 0
     """Of `gpu_apart_bytes`, what torch gives back before memory runs out: places that nothing uses any more,
     outside of graphs. A run that has less memory does without them."""

@@ -757,3 +757,18 @@ def test_what_lasts_is_known_better_than_what_passes() -> None:
         for kind in ("weights", "activations")
     }
     assert asked["activations"] - asked["weights"] == pytest.approx(0.035 * 10**10, rel=1e-6)
+
+
+def test_small_activations_have_a_range_of_their_own() -> None:
+    """Those of a graph stay in its pool; others go back before memory runs out."""
+    short = replace(TRAINING, batch_size=1, seq_len=128, checkpointing=False)
+    budget = budget_of(H200, None, None, None, expandable=True)
+    captured, plain, long = (
+        traffic("native", DEEPSEEK_1B, workload, parse_settings("native", {"graphs": graphs}))
+        for workload, graphs in ((short, "true"), (short, "false"), (TRAINING, "true"))
+    )
+    assert captured.gpu_pool_bytes == plain.gpu_small_bytes > 0
+    assert captured.gpu_small_bytes == plain.gpu_pool_bytes == long.gpu_pool_bytes == 0
+    much = replace(plain, gpu_small_bytes=10**9)
+    assert gpu_bytes_needed(much, budget) == gpu_bytes_needed(plain, budget)
+    assert reserved_bytes(much, budget) > reserved_bytes(plain, budget)
