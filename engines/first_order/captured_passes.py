@@ -4,6 +4,9 @@ Each launch costs the CPU 5 to 50 microseconds; where a step is short, its launc
 A graph computes what the same kernels compute one by one, with the same bits, on inputs and gradients at
 fixed places. A form of batch (shapes, padded or not) is captured in the step after the one in which it was
 first seen: by then kernels are chosen, compiled and loaded, which no capture may do.
+
+Passes may update the parameters as they go, so that no gradient is left
+(`engines.methods.backward_optimizer`): a capture computes nothing, and the replay after it makes the step.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ _cuda: Any = torch.cuda  # most of it is without annotations
 
 Pass = Callable[[Mapping[str, Tensor], bool], Tensor]
 """Inputs on the device, whether some position is padded -> the micro-batch's share of the loss, () fp32.
-Gradients are added to those of the parameters."""
+Gradients are added to those of the parameters, or used up."""
 
 
 @dataclass(slots=True)
@@ -40,8 +43,11 @@ class _Form:
 
 
 class CapturedPasses:
-    """HAZARD: weights and gradients must lie at the same places in every step; who captures must not free
-    gradients between steps."""
+    """Of `parameters` gradients are left by `run`: none where it uses them up.
+
+    HAZARD: weights, gradients that are left, and what else `run` changes must lie at the same places in every
+    step; who captures must not free gradients between steps.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], run: Pass, device: torch.device) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -51,6 +57,8 @@ class CapturedPasses:
         self._gradients: list[Tensor | None] | None = None
         """Where the graphs have them."""
         self._step = 0
+        self.has_too_many_forms = False
+        """A batch had a form that is not captured any more."""
         self._pool = _cuda.graph_pool_handle()
         self._stream = _cuda.Stream(device)
 
@@ -69,6 +77,11 @@ class CapturedPasses:
             losses.append(self._replay(form, has_padding(batch.inputs), is_first=index == 0).clone())
         return losses
 
+    @property
+    def holds_memory(self) -> bool:
+        """There are graphs, whose memory nothing else may use."""
+        return any(form.first is not None or form.later is not None for form in self._forms.values())
+
     def forget(self) -> None:
         """Let go of all graphs and of the gradients that they make; forms that were seen are captured anew.
         The caller lets go of the parameters' gradients."""
@@ -83,6 +96,7 @@ class CapturedPasses:
         key = (padded, tuple((name, tuple(each.shape)) for name, each in batch.inputs.items()))
         if key not in self._forms:
             if len(self._forms) == MOST_FORMS:
+                self.has_too_many_forms = True
                 return None
             places = {name: torch.empty_like(t, device=self._device) for name, t in batch.inputs.items()}
             self._forms[key] = _Form(self._step, places)
@@ -109,13 +123,13 @@ class CapturedPasses:
 
     def _capture(self, form: _Form, padded: bool, *, is_first: bool) -> tuple[Any, Tensor]:
         """The first graph of all makes the gradients, in its own pool; one of another form clears them."""
-        clears = self._gradients is not None and is_first
+        cleared = [each for each in self._gradients or () if each is not None] if is_first else []
         if self._gradients is None:
             _cuda.empty_cache()  # what earlier steps left in the ordinary pool is room for the graph's
         self._put_gradients()
         with capturing(self._stream, self._pool) as graph:
-            if clears:
-                torch._foreach_zero_([each for each in self._gradients or () if each is not None])
+            if cleared:
+                torch._foreach_zero_(cleared)
             loss = self._run(form.inputs, padded)
         if self._gradients is None:
             self._gradients = [parameter.grad for parameter in self._parameters]

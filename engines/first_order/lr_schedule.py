@@ -20,3 +20,8 @@ def learning_rate_at(step: int, settings: AdamWSettings | MezoSettings, total_st
     if settings.schedule == "linear":
         return peak * (1.0 - progress)
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def constant_from(settings: AdamWSettings) -> int | None:
+    """The step (counted from 0) from which the rate stays what it is; `None`: it changes to the end."""
+    return settings.warmup_steps if settings.schedule == "constant" else None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,11 @@ from engines.first_order.checkpoint import (
     save_checkpoint,
 )
 from engines.first_order.head_loss import HeadLoss
-from engines.first_order.lr_schedule import learning_rate_at
+from engines.first_order.lr_schedule import constant_from, learning_rate_at
 from engines.first_order.sharded_model import put_down
 from engines.model.attention_masks import has_padding
 from engines.model.blocks import find_blocks, to_device
+from engines.model.cuda_graphs import MOST_FORMS
 from engines.model.evaluation import evaluate_on_device
 from engines.model.randomness import draws_random_numbers
 from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
@@ -61,6 +62,14 @@ class Optimizer(HoldsState, Protocol):
         """Let go of the gradients."""
 
 
+@runtime_checkable
+class OptimizerInBackward(Optimizer, Protocol):
+    """One whose updates are a part of the backward pass, which cannot be run a second time then."""
+
+    has_updated: bool
+    """Some parameter, in a step that is not over."""
+
+
 class TrainingLoop:
     """Trains one model with one optimizer, one wait for the device a step.
 
@@ -81,6 +90,8 @@ class TrainingLoop:
         self._head_loss: HeadLoss | None = None
         self.captured: CapturedPasses | None = None
         """Graphs of whole passes; `None`: there are none."""
+        self._captures_from = 0
+        """The step, counted from 0."""
         self._is_compiled = False
         self._within = True
         self._share = 1.0
@@ -117,7 +128,20 @@ class TrainingLoop:
         if graphs and self.is_sharded and self.device.type == "cuda":
             self.notes.append("no CUDA graph: several GPUs bring a block's weights together while it waits")
         elif self.device.type == "cuda" and graphs and not draws_random_numbers(model):
-            self.captured = CapturedPasses(list(model.parameters()), self._passes, self.device)
+            self._capture()
+
+    def _capture(self) -> None:
+        """Passes become graphs from now on. An optimizer in the backward pass is in them, with its rate."""
+        left = list(self.model.parameters())
+        if isinstance(self.optimizer, OptimizerInBackward):
+            steady = constant_from(self.settings)
+            if steady is None:
+                self.notes.append(
+                    "no CUDA graph: the learning rate, which it would hold, changes with each step"
+                )
+                return
+            self._captures_from, left = steady, []
+        self.captured = CapturedPasses(left, self._passes, self.device)
 
     def _chunk_loss(self, *, compiled: bool) -> None:
         """As the settings say. Raises `UserError` where the model's loss is of another form."""
@@ -186,24 +210,15 @@ class TrainingLoop:
     def _losses(self, batches: Sequence[Batch]) -> Sequence[Tensor]:
         """Losses of this rank's micro-batches, as shares of the mean of all; gradients are where the
         optimizer looks."""
-        self._has_replayed = False
-        if self.captured is not None:
-            try:
-                found = self.captured.step(batches)
-            except RuntimeError as error:
-                self.captured = None
-                self.notes.append(f"no CUDA graph: {first_line(error)}")
-                found = None
-            if self.captured is None:
-                self._give_back()
-            if found is not None:
-                self._has_replayed = True
-                return found
+        found = self._replayed(batches)
+        self._has_replayed = found is not None
+        if found is not None:
+            return found
         self.optimizer.zero_grad(set_to_none=True)
         try:
             return self._with_room(lambda: [self._pass(batch) for batch in batches])
         except torch._dynamo.exc.TorchDynamoException as error:
-            if not self._is_compiled or self.steps_done > 0:
+            if not self._is_compiled or self.steps_done > 0 or self._has_updated():
                 raise
             self.notes.append(f"not compiled: {first_line(error)}")
         assert self._regions is not None
@@ -216,13 +231,44 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         return [self._pass(batch) for batch in batches]
 
+    def _replayed(self, batches: Sequence[Batch]) -> Sequence[Tensor] | None:
+        """`_losses` by graphs; `None`: it has to be done without."""
+        if self.captured is None or self.steps_done < self._captures_from:
+            return None
+        found = None
+        try:
+            found = self.captured.step(batches)
+        except RuntimeError as error:
+            self.captured = None
+            self.notes.append(f"no CUDA graph: {first_line(error)}")
+        if self.captured is None:
+            self._give_back()
+        elif found is None and isinstance(self.optimizer, OptimizerInBackward):
+            self._make_room()
+        return found
+
+    def _make_room(self) -> None:
+        """For passes that could not be run once more without graphs, had they no room beside them."""
+        assert self.captured is not None
+        if self.captured.has_too_many_forms:
+            self.captured = None
+            self.notes.append(f"no CUDA graph: batches come in more than {MOST_FORMS} forms")
+        elif self.captured.holds_memory:
+            self.captured.forget()
+        else:
+            return
+        self._give_back()
+
+    def _has_updated(self) -> bool:
+        return isinstance(self.optimizer, OptimizerInBackward) and self.optimizer.has_updated
+
     def _with_room(self, run: Callable[[], _Result]) -> _Result:
         """What `run` gives, which runs without graphs. Where memory ends in it and graphs hold some, which
         nothing else may use, once more without them: a batch of a new form needs its own beside theirs."""
         try:
             return run()
         except torch.OutOfMemoryError:
-            if self.captured is None:
+            if self.captured is None or self._has_updated():
                 raise
         # HAZARD: not while the error is handled, whose frames hold what the passes had.
         self._release_graphs()
@@ -279,6 +325,9 @@ class TrainingLoop:
         load_optimizer_state(self.optimizer, parameter_names(self.model), state)
         load_rng_state(self.device, state)
         self.steps_done = int(about["steps_done"])
+        if self.captured is not None:  # states lie at other places now
+            self._capture()
+            self._give_back()
 
     def synchronize(self) -> None:
         """Wait for the device."""

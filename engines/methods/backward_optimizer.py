@@ -4,6 +4,11 @@ What LOMO (2306.09782) does for SGD and torchtune's "optimizer in backward" for 
 for each parameter, stepped by a hook that runs when its gradient has been accumulated. It is exact AdamW: the
 weights are those of `native` bit for bit.
 
+Forward pass, backward pass and all updates are one CUDA graph, as `native`'s passes are: one launch in place
+of two hundred a block. The graph holds the learning rate as a number, as fused AdamW reads a tensor of it in
+fp32, which is another number: there is none while the rate changes, in warm-up and by a schedule. Gradients
+come from the graph's memory and go back to it within the graph.
+
 On the GPU: weights and both moments (6 bytes per parameter in bf16, no fp32 master copy) and the gradients in
 flight, two or so of the largest tensors. On the host: the batches.
 
@@ -16,11 +21,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engines.base import Blueprint
 from engines.errors import UserError
-from engines.first_order.adamw import make_adamw, weights_dtype
+from engines.first_order.adamw import make_adamw, weights_dtype, with_moments
 from engines.first_order.looped_engine import LoopedEngine
 from engines.model.blocks import materialize
 from engines.model.model_check import check_repeats
@@ -55,25 +61,38 @@ class BackwardOptimizer(LoopedEngine[BackwardOptimizerSettings]):
 
 
 class AdamWInBackward:
-    """Of the form of an optimizer, but the backward pass has made its step already."""
+    """Of the form of an optimizer, but the backward pass has made its step already. Implements
+    `engines.first_order.training_loop.OptimizerInBackward`."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], settings: AdamWSettings) -> None:
         self._each = {each: make_adamw([each], settings) for each in parameters}
+        self.has_updated = False
         self.param_groups: list[dict[str, Any]] = [
             group for optimizer in self._each.values() for group in optimizer.param_groups
         ]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
         for parameter, optimizer in self._each.items():
             optimizer.state = self.state  # one for all: each finds its own parameter in it
+            with_moments(optimizer)
             hooked: Any = parameter
             hooked.register_post_accumulate_grad_hook(self._update)
 
     def _update(self, parameter: Any) -> None:
-        self._each[parameter].step()
+        self.has_updated = True
+        optimizer = self._each[parameter]
+        # torch wants to be told. Fused AdamW does the same either way: its count of steps is on the device.
+        captured = parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+        for group in optimizer.param_groups:
+            group["capturable"] = captured
+        optimizer.step()
         parameter.grad = None
 
     def step(self) -> None:
-        """Done."""
+        """Done already."""
+        self.has_updated = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Done."""
+        """Let go of what a backward pass that was broken off has left."""
+        self.has_updated = False
+        for parameter in self._each:
+            parameter.grad = None

@@ -60,7 +60,7 @@ class AdamW8bitSettings(ChunkedLossSettings, BlockPassSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackwardOptimizerSettings(ChunkedLossSettings):
+class BackwardOptimizerSettings(ChunkedLossSettings, BlockPassSettings):
     """AdamW of each parameter as soon as its gradient is there."""
 
     def __post_init__(self) -> None:
@@ -71,6 +71,11 @@ class BackwardOptimizerSettings(ChunkedLossSettings):
             "needs all gradients at once, and each is gone when the next comes",
             "use max_grad_norm=0, or native",
         )
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps are CUDA graphs, which hold the learning rate."""
+        return self.graphs and self.schedule == "constant" and self.dropout == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from engines.first_order import captured_passes
 from engines.model import block_major_graphs
 
 
@@ -26,6 +27,19 @@ class FakeGraph:
     def __init__(self) -> None:
         self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = 0
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of memory that some operation changes: a tensor in it, and what all of it was."""
+        self.made: set[int] = set()
+        """Memory that the capture made."""
+
+    def keep(self, changed: Tensor) -> None:
+        """What `changed` is before the first operation that changes it."""
+        place = changed.untyped_storage().data_ptr()
+        if place not in self.before and place not in self.made:
+            whole = changed.data.as_strided(
+                (changed.untyped_storage().nbytes() // changed.itemsize,), (1,), 0
+            )
+            self.before[place] = (whole, whole.clone())
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -38,12 +52,15 @@ class FakeGraph:
                     place.data.copy_(made)
 
     def spoil(self) -> None:
-        """A capture computes nothing: what it seems to have made is no number."""
+        """A capture computes nothing: what it seems to have made is no number, and what it seems to have
+        changed is as it was."""
         for _, args, kwargs, results in self.operations:
             known = {each.untyped_storage().data_ptr() for each in _tensors([args, kwargs])}
             for each in results:
                 if each.untyped_storage().data_ptr() not in known and each.is_floating_point():
                     each.data.fill_(math.nan)
+        for place, was in self.before.values():
+            place.copy_(was)
 
 
 class _TakesDown(TorchDispatchMode):
@@ -52,7 +69,13 @@ class _TakesDown(TorchDispatchMode):
         self._graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = zip(func._schema.arguments, args, strict=False)
+        for changed in [each for given, each in schema if given.alias_info and given.alias_info.is_write]:
+            for tensor in _tensors(changed):
+                self._graph.keep(tensor)
         found = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in _tensors([args, kwargs])}
+        self._graph.made |= {each.untyped_storage().data_ptr() for each in _tensors(found)} - given
         self._graph.operations.append((func, args, kwargs or {}, _tensors(found)))
         return found
 
@@ -88,10 +111,11 @@ class FakeCuda:
 
 
 def played(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """Graphs of `engines.model.block_major_graphs` are played from now on."""
+    """Graphs of blocks and of whole passes are played from now on."""
     fake = FakeCuda()
-    monkeypatch.setattr(block_major_graphs, "_cuda", fake)
-    monkeypatch.setattr(block_major_graphs, "capturing", fake.capturing)
+    for module in (block_major_graphs, captured_passes):
+        monkeypatch.setattr(module, "_cuda", fake)
+        monkeypatch.setattr(module, "capturing", fake.capturing)
     return fake
 
 
