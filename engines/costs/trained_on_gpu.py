@@ -3,6 +3,8 @@ freed earlier."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engines.costs import transformer
 from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.resources.traffic import LayerTraffic, RareWork, Traffic
@@ -23,6 +25,9 @@ OPTIMIZER_IN_BACKWARD_LAUNCHES = 5
 """What the Python of one torch optimizer for one parameter takes, in operations without autograd, called by
 the thread of the backward pass. By time on a CPU (`tests/studies/launch_counts.py`), without what CUDA adds:
 four jobs on H200s, of 288 to 432 of them a step, took 5 to 7.8 beside what starts their blocks."""
+
+UPDATE_KERNELS = 2
+"""Of one parameter in a CUDA graph: its count of steps, and fused AdamW."""
 
 GALORE_LAUNCHES = 6
 """The same for one parameter of galore-torch's AdamW: 83 us on an H200's host where an operation took 14.4,
@@ -89,13 +94,15 @@ def _with_paging(layer: LayerTraffic, shape: ModelShape) -> LayerTraffic:
 def backward_optimizer(shape: ModelShape, workload: Workload, settings: BackwardOptimizerSettings) -> Traffic:
     """6 bytes per parameter in bf16, gradients in flight, and activations."""
     element = BYTES_PER_ELEMENT[workload.dtype]
-    passes = block_passes(shape, workload, settings)
+    passes = replace(block_passes(shape, workload, settings), captured=settings.captures)
+    tensors = transformer.num_tensors(shape)
     layers = _updated(
         shape,
         workload,
         passes,
         ADAM_PASSES * element,
-        OPTIMIZER_IN_BACKWARD_LAUNCHES * transformer.num_tensors(shape),
+        0 if passes.captured else OPTIMIZER_IN_BACKWARD_LAUNCHES * tensors,
+        kernels=UPDATE_KERNELS * tensors if passes.captured else 0,
     )
     return Traffic(
         layers=layers,
@@ -108,6 +115,7 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
             tensors_of_a_matrix=3,
             forgets_logits=True,
         ),
+        gpu_held_bytes=graph_bytes(shape, passes),
         host_memory_bytes={"process": transformer.PROCESS_HOST_BYTES},
     )
 
@@ -172,9 +180,10 @@ def _updated(
     python_launches: int = 0,
     waited: int = 0,
     unrated_s: float = 0.0,
+    kernels: int = 0,
 ) -> tuple[LayerTraffic, ...]:
-    """Forward and backward of every layer with an update of its parameters: `python_launches` and
-    `waited_launches` of a block's, `unrated_s` of an element."""
+    """Forward and backward of every layer with an update of its parameters: `python_launches`,
+    `waited_launches` and `kernels` of a block's, `unrated_s` of an element."""
     parameters = {"embedding": 0, "head": shape.non_block_parameters}
     return tuple(
         layer._replace(
@@ -182,6 +191,7 @@ def _updated(
             + bytes_per_parameter * parameters.get(layer.name, shape.block_parameters),
             python_launches=python_launches if layer.name.startswith("block.") else 0,
             waited_launches=waited if layer.name.startswith("block.") else 0,
+            kernels=layer.kernels + (kernels if layer.name.startswith("block.") else 0),
             unrated_s=unrated_s * parameters.get(layer.name, shape.block_parameters),
         )
         for layer in transformer.training_layers(shape, workload, passes)

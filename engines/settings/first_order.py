@@ -75,8 +75,9 @@ class BlockPassSettings(CompiledBlockSettings):
     """The same, and captured."""
 
     graphs: bool = True
-    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout, and with
-    exact-offload where weights and hidden states stay on the GPU."""
+    """Forward and backward pass as CUDA graphs, where they can be captured: without dropout, with
+    exact-offload where weights and hidden states stay on the GPU, and with backward-optimizer, whose updates
+    they hold, where the learning rate is constant."""
 
 
 @dataclass(frozen=True, kw_only=True)

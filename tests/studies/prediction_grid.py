@@ -103,6 +103,8 @@ ALL_GRADIENTS_FROM = "2026-11-30T02:30"
 """Before it `gradient_blocks=auto` of `exact-offload` was a part of the blocks; now it is all of them."""
 CAPTURED_FROM = "2026-11-30T18:40"
 """Before it no block of `exact-offload` ran as a CUDA graph."""
+UPDATES_CAPTURED_FROM = "2026-12-01T02:25"
+"""Before it no step of `backward-optimizer` was a CUDA graph."""
 UNLOCKED_FROM = "2026-11-30T02:10"
 """Before it steps of `lsp` and `exact-offload` stood still at their end while clocks were read, 11 to 18 ms
 with 24 blocks: their times are not those of the engines of today."""
@@ -625,6 +627,8 @@ def cost_of(record: Run, job: Job) -> Traffic:
     if record.engine == "exact-offload" and record.time < ALL_GRADIENTS_FROM:
         given.setdefault("gradient_blocks", str(few_gradient_blocks(shape.num_blocks)))
     if record.engine == "exact-offload" and record.time < CAPTURED_FROM:
+        given.setdefault("graphs", "false")
+    if record.engine == "backward-optimizer" and record.time < UPDATES_CAPTURED_FROM:
         given.setdefault("graphs", "false")
     cost = traffic(record.engine, shape, job.workload, parse_settings(record.engine, given))
     if record.engine == "lsp" and record.time < APPLIED_AS_GRAPHS_FROM:

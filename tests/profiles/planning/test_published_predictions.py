@@ -65,6 +65,9 @@ day); the last three are of an `lsp` that started the kernels of each update one
 COMPILED_FROM = "20261129"
 """Date of the first records in which blocks are compiled, captured, and recomputed only where they must."""
 
+UPDATES_CAPTURED_FROM = "20261201"
+"""Date of the first records in which a step of `backward-optimizer` is a CUDA graph."""
+
 EAGER: dict[str, dict[str, Value]] = {
     "native": {"compile": False, "graphs": False, "checkpointed_blocks": "all"},
     "lsp": {"compile": False, "checkpointed_blocks": "all", "weights": "resident"},
@@ -80,6 +83,8 @@ def as_it_ran(job: Job, date: str, taken: list[Run]) -> Job:
     for run in taken:
         if run.engine == "exact-offload" and not {"gpu_blocks", "weights"} & run.plan.settings.keys():
             before["exact-offload"] = {"gpu_blocks": 0}
+        if run.engine == "backward-optimizer" and date < UPDATES_CAPTURED_FROM:
+            before["backward-optimizer"] = {"graphs": False}
         if run.engine == "lsp" and run.plan.settings.get("weights") == "streamed":
             before["lsp"] = {**before.get("lsp", {}), "weights": "streamed"}
     given = {
