@@ -128,9 +128,9 @@ class TrainingLoop:
         if graphs and self.is_sharded and self.device.type == "cuda":
             self.notes.append("no CUDA graph: several GPUs bring a block's weights together while it waits")
         elif self.device.type == "cuda" and graphs and not draws_random_numbers(model):
-            self._capture()
+            self.capture()
 
-    def _capture(self) -> None:
+    def capture(self) -> None:
         """Passes become graphs from now on. An optimizer in the backward pass is in them, with its rate."""
         left = list(self.model.parameters())
         if isinstance(self.optimizer, OptimizerInBackward):
@@ -326,7 +326,7 @@ class TrainingLoop:
         load_rng_state(self.device, state)
         self.steps_done = int(about["steps_done"])
         if self.captured is not None:  # states lie at other places now
-            self._capture()
+            self.capture()
             self._give_back()
 
     def synchronize(self) -> None:

@@ -17,8 +17,9 @@ Refused: several micro-batches a step, whose sum would need the gradients that a
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -71,13 +72,15 @@ class AdamWInBackward:
             group for optimizer in self._each.values() for group in optimizer.param_groups
         ]
         self.state: defaultdict[Tensor, Any] = defaultdict(dict)
+        hook = _hook_of(weakref.ref(self))
         for parameter, optimizer in self._each.items():
             optimizer.state = self.state  # one for all: each finds its own parameter in it
             with_moments(optimizer)
             hooked: Any = parameter
-            hooked.register_post_accumulate_grad_hook(self._update)
+            hooked.register_post_accumulate_grad_hook(hook)
 
-    def _update(self, parameter: Any) -> None:
+    def update(self, parameter: Any) -> None:
+        """By its gradient, which is let go of."""
         self.has_updated = True
         optimizer = self._each[parameter]
         # torch wants to be told. Fused AdamW does the same either way: its count of steps is on the device.
@@ -96,3 +99,15 @@ class AdamWInBackward:
         self.has_updated = False
         for parameter in self._each:
             parameter.grad = None
+
+
+def _hook_of(optimizer: weakref.ref[AdamWInBackward]) -> Callable[[Any], None]:
+    """HAZARD: a parameter holds its hooks where Python's collector cannot see them. A hook that held the
+    optimizer, and so the parameter, would keep all weights for as long as the process lives."""
+
+    def update(parameter: Any) -> None:
+        whole = optimizer()
+        if whole is not None:
+            whole.update(parameter)
+
+    return update

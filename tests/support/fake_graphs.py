@@ -28,17 +28,15 @@ class FakeGraph:
         self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = 0
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        """Of memory that some operation changes: a tensor in it, and what all of it was."""
+        """Of memory that some operation reads or changes: a tensor in it, and what all of it was."""
         self.made: set[int] = set()
         """Memory that the capture made."""
 
-    def keep(self, changed: Tensor) -> None:
-        """What `changed` is before the first operation that changes it."""
-        place = changed.untyped_storage().data_ptr()
+    def keep(self, used: Tensor) -> None:
+        """What `used` is before the first operation on it."""
+        place = used.untyped_storage().data_ptr()
         if place not in self.before and place not in self.made:
-            whole = changed.data.as_strided(
-                (changed.untyped_storage().nbytes() // changed.itemsize,), (1,), 0
-            )
+            whole = used.data.as_strided((used.untyped_storage().nbytes() // used.itemsize,), (1,), 0)
             self.before[place] = (whole, whole.clone())
 
     @torch.no_grad()
@@ -69,10 +67,8 @@ class _TakesDown(TorchDispatchMode):
         self._graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = zip(func._schema.arguments, args, strict=False)
-        for changed in [each for given, each in schema if given.alias_info and given.alias_info.is_write]:
-            for tensor in _tensors(changed):
-                self._graph.keep(tensor)
+        for tensor in _tensors([args, kwargs]):
+            self._graph.keep(tensor)
         found = func(*args, **(kwargs or {}))
         given = {each.untyped_storage().data_ptr() for each in _tensors([args, kwargs])}
         self._graph.made |= {each.untyped_storage().data_ptr() for each in _tensors(found)} - given

@@ -20,7 +20,7 @@ from engines.costs import loss, mezo, transformer
 from engines.costs.lsp import projection_bytes
 from engines.costs.memory import activations
 from engines.costs.resources.overlap import CHUNK_SHARE, STEP_TIME, LayerTimes, busy_s, held_back_s, serial_s
-from engines.costs.resources.traffic import Traffic
+from engines.costs.resources.traffic import LayerTraffic, Traffic
 from engines.costs.table import traffic
 from engines.costs.torchao_offload import power_of_two
 from engines.costs.zo2 import RING_BYTES, disk_indices, folds, resident_indices, ring_bytes
@@ -383,15 +383,32 @@ def test_fsdp2_starts_its_own_beside_eager_passes() -> None:
 @pytest.mark.parametrize("engine", ["native", "lsp", "exact-offload", "backward-optimizer"])
 def test_a_gated_model_starts_more_outside_of_its_blocks(engine: str) -> None:
     """Its rotary embedding, in every micro-batch; a captured pass has it in its graph."""
-    passes = {"compile": False} if engine == "backward-optimizer" else {"graphs": False}
 
     def outside(shape: ModelShape, accumulation: int) -> int:
-        return cost(engine, shape, replace(TRAINING, accumulation=accumulation), **passes).layers[-1].launches
+        return (
+            cost(engine, shape, replace(TRAINING, accumulation=accumulation), graphs=False)
+            .layers[-1]
+            .launches
+        )
 
     gated = replace(TINY, gated_mlp=True)
     for count in (1, 3):
         assert outside(gated, count) - outside(replace(TINY, gated_mlp=False), count) == 50 * count
     assert cost("native", gated, TRAINING).layers[-1].launches == 0
+
+
+def test_a_captured_optimizer_in_the_backward_pass_starts_nothing_and_has_its_updates_as_kernels() -> None:
+    """Where the graph can hold the learning rate."""
+
+    def block(**values: object) -> LayerTraffic:
+        return cost("backward-optimizer", TINY, TRAINING, **values).layers[1]
+
+    captured, compiled = block(), block(graphs=False)
+    assert (captured.launches, captured.python_launches) == (0, 0)
+    assert captured.kernels - compiled.kernels == 2 * transformer.num_tensors(TINY)
+    assert compiled.python_launches == 5 * transformer.num_tensors(TINY)
+    for changes in ({"schedule": "linear"}, {"dropout": 0.1}):
+        assert block(**changes) == compiled
 
 
 def test_exact_offload_starts_two_graphs_a_block_for_all_micro_batches() -> None:

@@ -48,7 +48,7 @@ def engine(
     made: Any = load_engine(name)(parse_settings(name, {**RATE, **settings}), context)
     made.setup(tiny_blueprint(family, tied=True))
     if captured:
-        made.loop._capture()  # as on a GPU
+        made.loop.capture()  # as on a GPU
     return made
 
 

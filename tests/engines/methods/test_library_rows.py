@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def test_an_optimizer_inside_the_backward_pass_keeps_no_gradient() -> None:
     made = engine("backward-optimizer", tiny_blueprint("llama"))
     made.step(tiny_batches(1, "llama"))
     assert all(parameter.grad is None for parameter in made.loop.model.parameters())
+
+
+def test_an_optimizer_inside_the_backward_pass_keeps_no_weights_when_it_is_gone() -> None:
+    made = engine("backward-optimizer", tiny_blueprint("llama"))
+    made.step(tiny_batches(1, "llama"))
+    parameters = [weakref.ref(each) for each in made.loop.model.parameters()]
+    del made
+    gc.collect()
+    assert all(each() is None for each in parameters)
 
 
 def test_an_optimizer_inside_the_backward_pass_refuses_to_accumulate() -> None:
@@ -385,11 +395,12 @@ def test_on_a_gpu_gradients_in_a_graph_are_never_all_there() -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
         made = engine("backward-optimizer", blueprint, "bf16", device="cuda:0", compile=False, graphs=graphs)
         for batch in tiny_batches(4, "llama"):
             made.step([batch])
         assert made.notes == []
-        reserved.append(torch.cuda.max_memory_reserved())
+        reserved.append(torch.cuda.max_memory_reserved() - before)
         made.close()
         del made
         blueprint = wide_blueprint(hidden=2048, num_blocks=12)
