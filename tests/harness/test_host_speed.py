@@ -43,7 +43,7 @@ def slow_and_quick(step_s: float) -> list[Run]:
     """Native, eager, on a slow processor, and a method that waits for it too, on a quick one."""
     return [
         took(EAGER, 24e-6, 0.100, compile=False, graphs=False),
-        as_engine(EAGER, "backward-optimizer", 15e-6, step_s),
+        as_engine(EAGER, "backward-optimizer", 15e-6, step_s, graphs=False),
     ]
 
 

@@ -102,8 +102,8 @@ class Case:
 
 EAGER, COMPILED = {"compile": "false", "graphs": "false"}, {"graphs": "false"}
 CASES = (
-    Case(engine="backward-optimizer", family="llama"),
-    Case(engine="backward-optimizer", family="opt"),
+    Case(engine="backward-optimizer", family="llama", settings=COMPILED),
+    Case(engine="backward-optimizer", family="opt", settings=COMPILED),
     Case(engine="adamw-8bit", family="llama", settings=COMPILED),
     Case(engine="adamw-8bit", family="opt", settings=COMPILED),
     Case(engine="native", family="llama", settings=COMPILED),
@@ -111,7 +111,7 @@ CASES = (
     Case(engine="native", family="llama", settings=COMPILED, checkpointing=True),
     Case(engine="native", family="llama", settings={"compile": "true", "graphs": "false"}),
     Case(engine="native", family="opt", settings={"compile": "true", "graphs": "false"}),
-    Case(engine="backward-optimizer", family="llama", settings={"compile": "true"}),
+    Case(engine="backward-optimizer", family="llama", settings={"compile": "true", "graphs": "false"}),
     Case(engine="mezo", family="llama"),
     Case(engine="mezo", family="opt"),
     Case(engine="zo2", family="llama", settings={"resident_blocks": "0"}),
@@ -158,8 +158,8 @@ CASES = (
         for family, settings in (("llama", {}), ("opt", {}), ("llama", COMPILED))
     ),
     *(Case(engine=engine, family="llama") for engine in ("native", "lora", "qlora")),
-    Case(engine="backward-optimizer", family="llama", settings={"compile": "false"}),
-    Case(engine="backward-optimizer", family="opt", settings={"compile": "false"}),
+    Case(engine="backward-optimizer", family="llama", settings=EAGER),
+    Case(engine="backward-optimizer", family="opt", settings=EAGER),
     Case(engine="adamw-8bit", family="llama", settings=EAGER),
 )
 
