@@ -16,6 +16,7 @@ import ctypes
 import fcntl
 import gc
 import importlib
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,17 @@ ROOT = Path(__file__).parents[2]
 MAINS = {
     "harness": "harness.cli.app", "harness.runs.worker": "harness.runs.worker",
     "harness.training.follower": "harness.training.follower",
+    "torch.distributed.run": "torch.distributed.run",
 }  # fmt: skip
 """By what `python -m` is given: the module whose `main` it calls."""
-WORKERS = tuple(MAINS)[1:]
+WORKERS = ("harness.runs.worker", "harness.training.follower")
 LOADED = (
     "harness.cli.train", "harness.cli.generate", "harness.cli.compare", "harness.training.train",
     "harness.training.generate", "harness.data.preview", "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt", "reports.poc", "reports.render",
 )  # fmt: skip
+BINDS_POPEN = "torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler"
+"""What torchrun starts its processes by, with a `Popen` of its own import."""
 SAME = ("TRITON_INTERPRET", "HF_HUB_OFFLINE", "PYTHONWARNINGS")
 """Variables that are read when libraries are loaded."""
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
@@ -62,7 +66,7 @@ class Server:
 
     def may_start(self, words: Any, environment: dict[str, str]) -> bool:
         """Whether a fork is what `words` would be, started anew."""
-        if not isinstance(words, list) or not _is_ours(_behind_network(words)):
+        if not isinstance(words, list | tuple) or not _is_ours(_behind_network(words)):
             return False
         paths, known = (
             set(each.get("PYTHONPATH", "").split(":")) for each in (environment, self._environment)
@@ -85,15 +89,22 @@ class Server:
             _LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def _behind_network(words: list[str]) -> list[str]:
+def _behind_network(words: Sequence[str]) -> Sequence[str]:
     return words[2:] if words[0] == "nsenter" else words
 
 
-def _is_ours(words: list[str]) -> bool:
-    options = words[1:3]
-    return words[0] == sys.executable and (
-        options[0] == "-c" or options == ["-P", "-c"] or (options == ["-P", "-m"] and words[3] in MAINS)
-    )
+def _is_ours(words: Sequence[str]) -> bool:
+    match _without_options(words):
+        case ["-c", *_]:
+            return words[0] == sys.executable
+        case ["-m", what, *_]:
+            return words[0] == sys.executable and what in MAINS
+    return False
+
+
+def _without_options(words: Sequence[str]) -> list[str]:
+    """What Python is to run, `-m` or `-c` first, as a fork does without these of its options."""
+    return list(itertools.dropwhile(lambda word: word in ("-P", "-u"), words[1:]))
 
 
 class Popen(subprocess.Popen[Any]):
@@ -113,7 +124,7 @@ class Popen(subprocess.Popen[Any]):
         ends = (pipes[0], pipes[3], pipes[5])
         standard = [number if end == -1 else end for number, end in enumerate(ends)]
         request = {
-            "words": [word for word in _behind_network(args)[1:] if word != "-P"],
+            "words": _without_options(_behind_network(args)),
             "network": args[1].removeprefix("--net=") if args[0] == "nsenter" else None,
             "environment": environment, "parent": os.getpid(),
             "folder": os.fspath(cwd or Path.cwd()), "passed": list(pass_fds),
@@ -224,6 +235,7 @@ def become(request: dict[str, Any], received: list[int]) -> dict[str, Any]:
         os.environ.update(request["environment"])
         Popen.server = Server(ours, pid)
         subprocess.Popen = Popen  # type: ignore[misc]
+        vars(sys.modules[BINDS_POPEN])["Popen"] = Popen
     moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, UNUSED) for descriptor in received]
     for descriptor in received:
         os.close(descriptor)
@@ -252,4 +264,4 @@ if __name__ == "__main__":
         exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
         sys.exit()
     main = importlib.import_module(MAINS[what]).main
-    sys.exit(main() if what == "harness" else main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]) if what in WORKERS else main())

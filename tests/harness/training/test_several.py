@@ -109,7 +109,6 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("forked_programs")  # what torchrun starts is no fork
 def test_torchrun_starts_a_command_on_each_machine(tmp_path: Path) -> None:
     """Itself, twice on this one, as for two machines, each with two processes: the run is that of one."""
     with socket.socket() as free:
@@ -120,7 +119,7 @@ def test_torchrun_starts_a_command_on_each_machine(tmp_path: Path) -> None:
         "--dtype=fp32", "--accumulation=4", "--steps=4", "--set=learning_rate=1e-5", "--quiet",
     ]  # fmt: skip
     where = ["--master-addr=127.0.0.1", f"--master-port={port}", "--nnodes=2", "--nproc-per-node=1"]
-    torchrun, harness = [sys.executable, "-m", "torch.distributed.run"], ["-m", "harness", "run"]
+    torchrun, harness = [sys.executable, "-P", "-m", "torch.distributed.run"], ["-m", "harness", "run"]
     processes = [
         subprocess.Popen(
             [*torchrun, *where, f"--node-rank={node}", *harness, *job, "--nodes=2", "--gpus=2",
