@@ -7,18 +7,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent / "profiles" / "planning"))
-
-from test_published_predictions import FOLDERS, ratios
 
 from engines.errors import UserError
 from engines.settings.parse import parse_settings
@@ -212,23 +206,3 @@ def test_the_page_and_the_picture_of_results_are_made_from_the_published_runs(tm
 def test_every_published_folder_says_what_it_is_for() -> None:
     folders = published_folders(ROOT / "reports" / "results")
     assert [folder.name for folder in folders if not (folder / ABOUT).exists()] == []
-
-
-PREDICTED = re.compile(
-    r"predicted today for these records is ([\d.]+) to ([\d.]+) of what they took and ([\d.]+) in the median "
-    r"\((\d+) steps, and ([\d.]+) and ([\d.]+) for"
-)
-
-
-def test_what_is_predicted_today_for_published_runs_is_what_the_findings_say() -> None:
-    """To two hundredths; how many steps there are exactly."""
-    found = PREDICTED.search(" ".join((ROOT / "reports" / "FINDINGS.md").read_text(encoding="utf-8").split()))
-    assert found is not None
-    least, most, middle, steps, *apart = map(float, found.groups())
-    today = sorted(ratio for folder in FOLDERS for ratio in ratios(folder).values())
-    rest = today[: len(today) - len(apart)]
-    told = {"steps": len(rest), "from": rest[0], "to": rest[-1], "median": median(rest), "apart": today[-2:]}
-    assert len(rest) == steps, told
-    assert (rest[0], rest[-1], median(rest), *today[-2:]) == pytest.approx(
-        (least, most, middle, *apart), abs=0.02
-    ), told

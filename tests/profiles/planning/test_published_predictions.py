@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -135,6 +136,26 @@ def test_most_are_within_a_tenth() -> None:
     found = [ratio for folder in FOLDERS for ratio in ratios(folder).values()]
     assert len(found) > 30
     assert sum(0.9 <= ratio <= 1.1 for ratio in found) > 0.7 * len(found)
+
+
+PREDICTED = re.compile(
+    r"predicted today for these records is ([\d.]+) to ([\d.]+) of what they took and ([\d.]+) in the median "
+    r"\((\d+) steps, and ([\d.]+) and ([\d.]+) for"
+)
+
+
+def test_what_is_predicted_today_for_published_runs_is_what_the_findings_say() -> None:
+    """To two hundredths; how many steps there are exactly."""
+    found = PREDICTED.search(" ".join((RESULTS.parent / "FINDINGS.md").read_text(encoding="utf-8").split()))
+    assert found is not None
+    least, most, middle, steps, *apart = map(float, found.groups())
+    today = sorted(ratio for folder in FOLDERS for ratio in ratios(folder).values())
+    rest = today[: len(today) - len(apart)]
+    told = {"steps": len(rest), "from": rest[0], "to": rest[-1], "median": median(rest), "apart": today[-2:]}
+    assert len(rest) == steps, told
+    assert (rest[0], rest[-1], median(rest), *today[-2:]) == pytest.approx(
+        (least, most, middle, *apart), abs=0.02
+    ), told
 
 
 def test_nine_in_ten_took_what_their_range_says() -> None:
