@@ -20,7 +20,7 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.costs.exact_offload import CHUNK_ELEMENTS
 from engines.cpu_updates.adamw import AdamWMemory, adamw, state_tensors
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.errors import UserError
 from engines.model.flat_layout import BlockLayout
@@ -64,7 +64,7 @@ class BlockChunk:
     def outgoing(self) -> Tensor:
         return self.weight
 
-    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+    def update(self, step: UpdateStep, gradients: Sequence[Tensor] = ()) -> None:
         assert self.gradient is not None, "nothing has been downloaded"
         if self.failure is not None:
             raise self.failure
@@ -74,12 +74,12 @@ class BlockChunk:
             gradients or self.gradient,
             self.memory,
             self.updates,
-            learning_rate=share.learning_rate,
+            learning_rate=step.learning_rate,
             weight_decay=self.weight_decay,
             beta1=self.settings.beta1,
             beta2=self.settings.beta2,
             eps=self.settings.adam_eps,
-            scale=share.scale(),
+            scale=step.scale(),
             key=self.key + NEXT_UPDATE * self.updates,
         )
 

@@ -20,10 +20,11 @@ from engines.transfer.link import Event
 
 
 @dataclass(kw_only=True, eq=False)
-class StepShare:
-    """What the chunks of one step have in common."""
+class UpdateStep:
+    """A step of Adam as all its chunks take it."""
 
-    step: int
+    number: int
+    """Of the step, from 0."""
     learning_rate: float
     max_norm: float | None = None
     """Of the gradient, or `None`: it is not clipped."""
@@ -61,7 +62,7 @@ class TravellingChunk(Protocol):
     def outgoing(self) -> Tensor:
         """(elements,) of the weights' dtype, pinned: what goes up after an update."""
 
-    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+    def update(self, step: UpdateStep, gradients: Sequence[Tensor] = ()) -> None:
         """One step of Adam on the gradient that has arrived, or on the sum of the `gradients` of all ranks,
         (elements,) each. May take all threads of the caller."""
 
@@ -90,8 +91,8 @@ class ChunkUpdate:
     """One chunk on its way."""
 
     state: TravellingChunk
-    share: StepShare
-    destination: UploadTarget | Callable[[Tensor, StepShare], None] | None
+    step: UpdateStep
+    destination: UploadTarget | Callable[[Tensor, UpdateStep], None] | None
     """A place, or a function that is called with what went up, (elements,) on the GPU, and enqueues what
     applies it to the weights; `None`: it stays on the host."""
     consumed: Callable[[], None] = lambda: None
@@ -107,14 +108,14 @@ class ChunkUpdate:
     done: threading.Event = field(default_factory=threading.Event)
 
 
-def update_chunk(state: TravellingChunk, share: StepShare, of_ranks: OfRanks | None = None) -> bool:
+def update_chunk(state: TravellingChunk, step: UpdateStep, of_ranks: OfRanks | None = None) -> bool:
     """Adam on a gradient that is on the host, or those of all ranks: the worker's and the twin's. False: it
     is not finite."""
     norms = [state.squared_norm] if of_ranks is None else of_ranks.squared_norms
-    if share.failed or not share.is_finite() or not all(math.isfinite(float(norm)) for norm in norms):
-        share.failed = True
+    if step.failed or not step.is_finite() or not all(math.isfinite(float(norm)) for norm in norms):
+        step.failed = True
         return False
-    state.update(share, () if of_ranks is None else of_ranks.gradients)
+    state.update(step, () if of_ranks is None else of_ranks.gradients)
     return True
 
 
@@ -122,7 +123,7 @@ def update_at_once(updates: Sequence[ChunkUpdate], device: torch.device) -> None
     """The twin's way: all of it in the calling thread, then all is applied."""
     for update in updates:
         of_ranks = None if update.of_ranks is None else update.of_ranks(())
-        update.failed = not update_chunk(update.state, update.share, of_ranks)
+        update.failed = not update_chunk(update.state, update.step, of_ranks)
         update.consumed()
     for update in updates:
         if update.failed:
@@ -130,4 +131,4 @@ def update_at_once(updates: Sequence[ChunkUpdate], device: torch.device) -> None
         if isinstance(update.destination, UploadTarget):
             update.destination.memory.copy_(update.state.outgoing)
         elif update.destination is not None:
-            update.destination(update.state.outgoing.to(device), update.share)
+            update.destination(update.state.outgoing.to(device), update.step)

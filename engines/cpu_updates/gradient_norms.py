@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.cpu_updates.rank_updates import RankUpdates
 from engines.settings.exact_offload import ExactOffloadSettings
 from engines.transfer.link import Event, Link
@@ -39,19 +39,19 @@ class GradientNorms:
         self.d2h_bytes = 0
         """Of norms of the whole gradient, so far."""
 
-    def begin(self, share: StepShare) -> None:
-        """A step begins; where it is clipped by the norm of the one before, `share` gets that."""
-        if self._settings.clip_by == "previous" and share.max_norm is not None and share.step > 0:
-            share.total = self._on_host[(share.step - 1) % 2]
-            share.total_known = self._known
+    def begin(self, step: UpdateStep) -> None:
+        """A step begins; where it is clipped by the norm of the one before, `step` gets that."""
+        if self._settings.clip_by == "previous" and step.max_norm is not None and step.number > 0:
+            step.total = self._on_host[(step.number - 1) % 2]
+            step.total_known = self._known
 
-    def learn(self, share: StepShare, ranks: RankUpdates) -> None:
-        """With several ranks, once the step before has been updated: let `share` have the norm of that, where
+    def learn(self, step: UpdateStep, ranks: RankUpdates) -> None:
+        """With several ranks, once the step before has been updated: let `step` have the norm of that, where
         it is clipped by it."""
-        if share.total is None or self._is_whole or self._settings.clip_by == "exact":
+        if step.total is None or self._is_whole or self._settings.clip_by == "exact":
             return
         self._link.host_wait(self._known)
-        share.total += ranks.wait_for_norm(share.step - 1)
+        step.total += ranks.wait_for_norm(step.number - 1)
         self._is_whole = True
 
     @torch.no_grad()
@@ -61,35 +61,35 @@ class GradientNorms:
         found = torch.linalg.vector_norm(gradient, dim=0, keepdim=True, dtype=torch.float32)
         return torch.square(found, out=norm)
 
-    def finish(self, share: StepShare, squared: Tensor, *, waits: bool) -> Tensor | None:
+    def finish(self, step: UpdateStep, squared: Tensor, *, waits: bool) -> Tensor | None:
         """Where gradients are clipped, bring the squared norm of the whole, (1,), to the host, for this step
         or the next; with `waits` this thread waits for it. Returns what this step's gradient is multiplied
         by, (1,) on the device.
         """
-        if share.max_norm is None:
+        if step.max_norm is None:
             return None
-        total, on_host = (each[share.step % 2] for each in (self._on_device, self._on_host))
+        total, on_host = (each[step.number % 2] for each in (self._on_device, self._on_host))
         total.copy_(squared)
         known = self._link.download(total, on_host, after=self._link.record(), name="norm")
         self.d2h_bytes += squared.nbytes
         scale = None
         if self._settings.clip_by == "exact":
-            share.total, share.total_known = on_host, known
-            scale = (share.max_norm / squared.sqrt()).clamp(max=1.0)
+            step.total, step.total_known = on_host, known
+            scale = (step.max_norm / squared.sqrt()).clamp(max=1.0)
             if waits:
                 self._link.host_wait(known)
         else:
-            scale = self.scale_by_previous(share)
+            scale = self.scale_by_previous(step)
         self._known, self._is_whole = known, False
         return scale
 
-    def scale_by_previous(self, share: StepShare) -> Tensor | None:
+    def scale_by_previous(self, step: UpdateStep) -> Tensor | None:
         """What this step's gradient is multiplied by, (1,) on the device, where it is clipped by the norm of
         the step before; `None`: it is not, or there was none."""
-        if self._settings.clip_by == "exact" or share.total is None:
+        if self._settings.clip_by == "exact" or step.total is None:
             return None
-        self._link.host_wait(share.total_known)
-        return torch.full((1,), share.scale(), device=self.of_groups.device)
+        self._link.host_wait(step.total_known)
+        return torch.full((1,), step.scale(), device=self.of_groups.device)
 
     def last(self, steps_done: int, ranks: RankUpdates | None) -> Tensor:
         """(1,) on the host: of the last step's whole gradient, squared. Waits for it. `ranks`: those

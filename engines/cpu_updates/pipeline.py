@@ -164,7 +164,7 @@ class UpdatePipeline:
         if not is_done:
             raise RuntimeError(f"the CPU update did not come within {WAIT_LIMIT_S:.0f} s")
         if update.failed:
-            raise GradientNotFinite(update.share.step)
+            raise GradientNotFinite(update.step.number)
         return update.applied
 
     def compute_waits(self, updates: Sequence[ChunkUpdate], clock: ComputeClock) -> None:
@@ -269,7 +269,7 @@ class UpdatePipeline:
         """Also what will not be, after an error."""
         if self._error is not None or self._ranks is None:
             return True
-        number, step = update.state.number, update.share.step
+        number, step = update.state.number, update.step.number
         if self._ranks.is_updated(number, step):
             update.failed = self._ranks.has_failed(number, step)
             return True
@@ -311,14 +311,14 @@ class UpdatePipeline:
     def _report_arrived(self, job: _Job) -> None:
         for update in job.updates if self._ranks is not None else ():
             assert self._ranks is not None
-            self._ranks.report_arrived(update.state.number, update.share.step, update.place)
+            self._ranks.report_arrived(update.state.number, update.step.number, update.place)
 
     def _arrived_on_all_ranks(self, ranks: RankUpdates) -> _Job | None:
         """The first job by deadline of which that can be said, or which is other ranks' to update."""
         for entry in sorted(self._ready):
             job = entry[2]
             own = [update for update in job.updates if ranks.owns(update.state.number)]
-            if all(ranks.all_arrived(update.state.number, update.share.step) for update in own):
+            if all(ranks.all_arrived(update.state.number, update.step.number) for update in own):
                 self._ready.remove(entry)
                 heapq.heapify(self._ready)
                 return job
@@ -327,7 +327,7 @@ class UpdatePipeline:
     def _process(self, job: _Job) -> None:
         for update in job.updates:
             self._link.host_wait(update.downloaded)
-        self._link.host_wait(job.updates[0].share.total_known)
+        self._link.host_wait(job.updates[0].step.total_known)
         begin_s = now_s()
         for update in job.updates:
             if job.is_of_norms:
@@ -344,12 +344,12 @@ class UpdatePipeline:
     def _update(self, update: ChunkUpdate) -> None:
         state, ranks, of_ranks = update.state, self._ranks, update.of_ranks
         if ranks is None or of_ranks is None:
-            update.failed = not update_chunk(state, update.share, None if of_ranks is None else of_ranks(()))
+            update.failed = not update_chunk(state, update.step, None if of_ranks is None else of_ranks(()))
         elif ranks.owns(state.number):
-            if update.share.max_norm is not None and not ranks.is_norm_known(state.number, update.share.step):
+            if update.step.max_norm is not None and not ranks.is_norm_known(state.number, update.step.number):
                 self._take_norm(update)
-            update.failed = not update_chunk(state, update.share, of_ranks(ranks.places(state.number)))
-            ranks.report_updated(state.number, update.share.step, failed=update.failed)
+            update.failed = not update_chunk(state, update.step, of_ranks(ranks.places(state.number)))
+            ranks.report_updated(state.number, update.step.number, failed=update.failed)
         else:
             state.updates += 1
 
@@ -359,7 +359,7 @@ class UpdatePipeline:
         if ranks is None or update.of_ranks is None or not ranks.owns(number):
             return
         squared = squared_norm_of_sum(update.of_ranks(ranks.places(number)).gradients)
-        ranks.report_norm(number, update.share.step, squared)
+        ranks.report_norm(number, update.step.number, squared)
 
     def _bring_back(self, update: ChunkUpdate) -> None:
         name = f"block {update.state.deadline}"
@@ -376,13 +376,13 @@ class UpdatePipeline:
         # HAZARD: the slot's last direction must have been applied before this one is written over it.
         arrived = self._link.upload(outgoing, direction, after=self._slot_free[slot], name=name)
         if self._stream is None:
-            destination(direction, update.share)
+            destination(direction, update.step)
             return
         with on_stream(self._stream):
             self._link.wait(arrived)
             span = self._timeline.begin("apply", name) if self._timeline is not None else None
             start = _timed_event(self._stream)
-            destination(direction, update.share)
+            destination(direction, update.step)
             self._exposure.between("gpu", EventPair(start, _timed_event(self._stream)))
             if span is not None and self._timeline is not None:
                 self._timeline.end(span)

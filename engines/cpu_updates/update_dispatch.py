@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.cpu_updates.block_state import BlockChunk, BlockStates
-from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, UpdateStep, UploadTarget, update_at_once
 from engines.cpu_updates.gradient_buffers import GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
 from engines.cpu_updates.pipeline import UpdatePipeline
@@ -61,13 +61,13 @@ class UpdateDispatch:
         self._num_blocks = num_blocks
         self._waits_for_norm = waits_for_norm
         self._pipeline, self._ranks, self._world = pipeline, ranks, world
-        self._share = StepShare(step=-1, learning_rate=0.0)
+        self._this_step = UpdateStep(number=-1, learning_rate=0.0)
         self.h2d_bytes = self.d2h_bytes = 0
         """Of weights and of gradients with their norms, so far."""
 
-    def begin(self, share: StepShare) -> None:
+    def begin(self, step: UpdateStep) -> None:
         """A step begins."""
-        self._share = share
+        self._this_step = step
 
     def send(
         self,
@@ -94,7 +94,7 @@ class UpdateDispatch:
         for chunk in chunks:
             chunk.gradient = place[chunk.begin : chunk.end]
         if self._ranks is not None:
-            self._norms.learn(self._share, self._ranks)
+            self._norms.learn(self._this_step, self._ranks)
         if self._pipeline is None:
             chunks[0].squared_norm.copy_(norm)
             place[: gradient.numel()].copy_(gradient)
@@ -130,7 +130,7 @@ class UpdateDispatch:
         return [
             ChunkUpdate(
                 state=chunk,
-                share=self._share,
+                step=self._this_step,
                 destination=None
                 if goes_up_after is None
                 else UploadTarget(memory=weights[chunk.begin : chunk.end], free=goes_up_after),
@@ -164,10 +164,10 @@ class UpdateDispatch:
         """(1,) on the device: of the sum of all ranks' gradients that the host updates by. The CPU takes it,
         which is waited for if this step is clipped by it; else 0, and the next step learns it."""
         found = 0.0
-        if self._pipeline is None and self._share.max_norm is not None:
+        if self._pipeline is None and self._this_step.max_norm is not None:
             found = norm_of_ranks(self._in_flight.all())
         elif self._pipeline is not None and self._waits_for_norm:
-            found = self._pipeline.wait_for_norm(self._share.step)
+            found = self._pipeline.wait_for_norm(self._this_step.number)
         return torch.full((1,), found, device=self._link.device)
 
     def submit(self) -> None:

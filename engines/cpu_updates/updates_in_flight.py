@@ -73,7 +73,7 @@ class UpdatesInFlight:
         if self._pipeline is None:
             for update in updates:
                 if update.failed:
-                    raise NonFiniteLoss(str(GradientNotFinite(update.share.step)))
+                    raise NonFiniteLoss(str(GradientNotFinite(update.step.number)))
             return
         try:
             self._pipeline.compute_waits(updates, self._clock)

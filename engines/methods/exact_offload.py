@@ -96,7 +96,7 @@ from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
 from engines.costs.exact_offload import gradient_places, host_bytes
 from engines.costs.transformer import PROCESS_HOST_BYTES
 from engines.cpu_updates.block_state import BlockStates
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.gradient_buffers import GradientBuffers
 from engines.cpu_updates.gradient_norms import GradientNorms
@@ -162,7 +162,7 @@ class ExactOffload:
         check_ranks(self.name, self._world, of_one_process=settings.of_one_process)
         self._host_world: World = self._world if settings.offload else ALONE
         """The ranks that have what is on the host together."""
-        self._share = StepShare(step=-1, learning_rate=0.0)
+        self._this_step = UpdateStep(number=-1, learning_rate=0.0)
         """Of the last step."""
         self._in_flight = UpdatesInFlight(self.link, self._compute)
         """Of each block, and of each tensor outside them that the host updates: the groups."""
@@ -454,11 +454,11 @@ class ExactOffload:
         """
         settings = self.settings
         rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
-        self._share = StepShare(
-            step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
+        self._this_step = UpdateStep(
+            number=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
         )
-        self._norms.begin(self._share)
-        self._dispatch.begin(self._share)
+        self._norms.begin(self._this_step)
+        self._dispatch.begin(self._this_step)
         before = self._moved_bytes()
         world, count = self._world, len(batches)
         batches = divide(world.size, count)[world.rank].of_batches(batches)
@@ -555,7 +555,7 @@ class ExactOffload:
         if index < self._updated_by_gpu:
             self._norms.take(index, self._slots.gradient(index))
             if not self.settings.waits_for_norm:
-                self._update_on_gpu(index, self._norms.scale_by_previous(self._share))
+                self._update_on_gpu(index, self._norms.scale_by_previous(self._this_step))
             return
         if self.streamed is not None:
             self.streamed.leave(index)
@@ -576,7 +576,7 @@ class ExactOffload:
         """AdamW by the block's gradient, which is in its slot, times `scale` (1,), unless that or one that
         backward reached before it is not finite."""
         total = self._norms.of_groups[index : self._num_blocks].sum(0, keepdim=True)
-        rate = self._share.learning_rate
+        rate = self._this_step.learning_rate
         self._gpu_updates.update(index, self._slots.gradients(index), rate, scale, total)
         self._slots.leave(index, self.link.record())
 
@@ -588,7 +588,7 @@ class ExactOffload:
         outside = self._outside_on_gpu.squared_norm(self.device)
         own = self._norms.of_groups.sum(0, keepdim=True) + outside
         squared = own if self._world.size == 1 else self._dispatch.squared_norm_of_ranks() + outside
-        scale = self._norms.finish(self._share, squared, waits=self._pipeline is None)
+        scale = self._norms.finish(self._this_step, squared, waits=self._pipeline is None)
         # HAZARD: behind `finish`, whose norm the CPU clips by.
         self._dispatch.submit()
         if self.settings.waits_for_norm:
@@ -597,7 +597,7 @@ class ExactOffload:
         self._gpu_updates.send_norm(self._norms.of_groups)
         # Finite where both are: another rank's gradient may be what is not.
         total = own if squared is own else own + squared
-        self._outside_on_gpu.step(self._share.learning_rate, scale, total)
+        self._outside_on_gpu.step(self._this_step.learning_rate, scale, total)
 
     def _check_gpu_updates(self) -> None:
         """Raises `NonFiniteLoss` if a gradient that the GPU updates blocks by was not finite in the last

@@ -81,7 +81,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, Blueprint, Context, Evaluation, StepStats
-from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, StepShare, update_at_once
+from engines.cpu_updates.chunks import ChunkUpdate, OfRanks, UpdateStep, update_at_once
 from engines.cpu_updates.cpu_threads import leave_threads_to_adam
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.rank_twin import ExchangedGradients, norm_of_ranks
@@ -167,7 +167,7 @@ class Lsp:
         """`None`: one process."""
         self._machines: MachineSums | None = None
         """`None`: one machine."""
-        self._share = StepShare(step=-1, learning_rate=0.0)
+        self._this_step = UpdateStep(number=-1, learning_rate=0.0)
         """Of the last step."""
 
     @staticmethod
@@ -301,8 +301,8 @@ class Lsp:
         """
         settings = self.settings
         rate = learning_rate_at(self.steps_done, settings, self.context.total_steps)
-        self._share = StepShare(
-            step=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
+        self._this_step = UpdateStep(
+            number=self.steps_done, learning_rate=rate, max_norm=settings.max_grad_norm or None
         )
         self._step_h2d_bytes = self._step_d2h_bytes = 0
         before = self._streamed_bytes()
@@ -461,7 +461,7 @@ class Lsp:
         updates = [
             ChunkUpdate(
                 state=chunk.state,
-                share=self._share,
+                step=self._this_step,
                 destination=None if self.streamed is not None else chunk.application,
                 of_ranks=self._from_ranks(place, chunk.state),
             )
@@ -507,10 +507,10 @@ class Lsp:
         behind it, and the backward pass has used the weights."""
         for matrix in block.matrices:
             if matrix.residual is not None:
-                subspace, share = matrix.subspace, self._share
-                key = subspace_seed(self.context.seed, subspace.name, share.step, "residual") & 0xFFFFFFFF
+                subspace, step = matrix.subspace, self._this_step
+                key = subspace_seed(self.context.seed, subspace.name, step.number, "residual") & 0xFFFFFFFF
                 # `data`: as in `engines.subspace.chunk_application`.
-                matrix.residual.apply(subspace.weight.data, share.learning_rate, self.settings, key)
+                matrix.residual.apply(subspace.weight.data, step.learning_rate, self.settings, key)
 
     @property
     def _sends_at_once(self) -> bool:
@@ -528,7 +528,7 @@ class Lsp:
                 self.before_backward(block.index)
                 self.finish(block.index)
                 self._send(place)
-            elif not any(update.share is self._share for update in self._in_flight.of(place)):
+            elif not any(update.step is self._this_step for update in self._in_flight.of(place)):
                 self._settle(place)  # it took no part, so that nothing has waited for its last update
                 block.squared_norm.zero_()
                 self._report_no_norm(block)
@@ -546,30 +546,30 @@ class Lsp:
             self._pipeline.submit(updates[::-1])
         elif not self._sends_at_once:
             self._pipeline.submit_each(updates)
-        self.dense.step(self._share.learning_rate, self._squared_total)
+        self.dense.step(self._this_step.learning_rate, self._squared_total)
 
     def _report_no_norm(self, block: CoreBlock) -> None:
         """It took no part, on any rank: they run the same model."""
         for chunk in block.chunks if self._ranks is not None else ():
             assert self._ranks is not None
             if self._ranks.owns(chunk.state.number):
-                self._ranks.report_norm(chunk.state.number, self._share.step, 0.0)
+                self._ranks.report_norm(chunk.state.number, self._this_step.number, 0.0)
 
     def _clip(self, most: float) -> None:
         """Scale the gradients outside the blocks, and let the worker know the norm of all. With several ranks
         the CPU takes that of the sum of their cores, which is waited for."""
         if self._ranks is not None and self._pipeline is not None:
-            self._squared_total.fill_(self._pipeline.wait_for_norm(self._share.step))
+            self._squared_total.fill_(self._pipeline.wait_for_norm(self._this_step.number))
         elif self._world.size > 1:
             self._squared_total.fill_(norm_of_ranks(self._in_flight.all()))
         self.dense.clip(self._squared_total, most)
         self._step_d2h_bytes += self._squared_total.nbytes
-        self._share.total = self._total_on_host
-        self._share.total_known = self.link.download(
+        self._this_step.total = self._total_on_host
+        self._this_step.total_known = self.link.download(
             self._squared_total, self._total_on_host, after=self.link.record(), name="norm"
         )
         if self._pipeline is None:
-            self.link.host_wait(self._share.total_known)
+            self.link.host_wait(self._this_step.total_known)
 
     def _settle(self, place: int) -> None:
         """Let the compute stream wait for a block's updates in flight, and apply those of a streamed one."""
@@ -587,7 +587,7 @@ class Lsp:
         begin = 0
         for chunk, update in zip(self._blocks[place].chunks, self._in_flight.take(place), strict=True):
             end = begin + chunk.core.numel()
-            chunk.application(directions[begin:end], update.share)
+            chunk.application(directions[begin:end], update.step)
             begin = end
 
     def _is_updated(self, place: int, wait: bool) -> bool:
@@ -627,7 +627,7 @@ class Lsp:
         """Of the last update of the largest matrix: how much of it the stored weights would take,
         repeated."""
         self._settle_all()
-        if self.steps_done == 0 or self._share.failed or self._share.learning_rate == 0.0:
+        if self.steps_done == 0 or self._this_step.failed or self._this_step.learning_rate == 0.0:
             return None
         matrix = max(self._matrices(), key=lambda each: each.subspace.weight.numel())
         subspace = matrix.subspace
@@ -635,9 +635,9 @@ class Lsp:
             self.streamed.weights.enter_forward(subspace.block)
         core = matrix.of(self._laid_out.chunk_of(matrix).state.outgoing).to(self.device)
         trial = subspace.weight.clone()
-        key = rounding_key(self.context.seed, subspace, self._share)
-        apply_core(subspace, trial, core, self._share.learning_rate, self.settings, key)
-        return realized_of_core(subspace, trial, core, self._share.learning_rate, self.settings)
+        key = rounding_key(self.context.seed, subspace, self._this_step)
+        apply_core(subspace, trial, core, self._this_step.learning_rate, self.settings, key)
+        return realized_of_core(subspace, trial, core, self._this_step.learning_rate, self.settings)
 
     # --- the rest of an engine's life -----------------------------------------------------------------
 

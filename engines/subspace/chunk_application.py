@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.model.graph_capture import capturing
 from engines.settings.lsp import LspSettings
 from engines.subspace.apply import apply_core, decay_of, is_one_kernel, kernel_numbers
@@ -55,11 +55,11 @@ class ChunkApplication:
         self._has_run = False
 
     @torch.no_grad()
-    def __call__(self, directions: Tensor, share: StepShare) -> None:
+    def __call__(self, directions: Tensor, step: UpdateStep) -> None:
         """W <- W (1 - lr wd) - lr P dS Q^T of each matrix, on the current stream; `directions`, (elements,)
         on the GPU, hold the cores of the chunk."""
-        keys = [rounding_key(self._seed, matrix.subspace, share) for matrix in self._matrices]
-        rate = share.learning_rate
+        keys = [rounding_key(self._seed, matrix.subspace, step) for matrix in self._matrices]
+        rate = step.learning_rate
         told = kernel_numbers(keys, rate, decay_of(rate, self._settings))
         self._on_host.copy_(torch.from_numpy(told))
         self._numbers.copy_(self._on_host, non_blocking=True)
@@ -95,6 +95,6 @@ class ChunkApplication:
             apply_core(matrix.subspace, weight, core, rate, self._settings, key, numbers)
 
 
-def rounding_key(seed: int, subspace: Subspace, share: StepShare) -> int:
+def rounding_key(seed: int, subspace: Subspace, step: UpdateStep) -> int:
     """32 bits, of which the rounding of a matrix's update in a step is drawn."""
-    return subspace_seed(seed, subspace.name, share.step) & 0xFFFFFFFF
+    return subspace_seed(seed, subspace.name, step.number) & 0xFFFFFFFF

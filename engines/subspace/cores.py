@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.base import ReportProgress
-from engines.cpu_updates.chunks import OfRanks, StepShare
+from engines.cpu_updates.chunks import OfRanks, UpdateStep
 from engines.cpu_updates.cpu_adam import core_adam
 from engines.cpu_updates.rounding import NEXT_UPDATE, noise_key
 from engines.settings.lsp import LspSettings
@@ -50,7 +50,7 @@ class CoreState:
     updates: int = 0
     """Updates so far, the one under way included, for Adam's bias correction."""
 
-    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+    def update(self, step: UpdateStep, gradients: Sequence[Tensor] = ()) -> None:
         self.updates += 1
         core_adam(
             self.outgoing,
@@ -60,7 +60,7 @@ class CoreState:
             beta1=self.settings.beta1,
             beta2=self.settings.beta2,
             eps=self.settings.adam_eps,
-            scale=share.scale(),
+            scale=step.scale(),
             gradients=gradients,
             key=self.key + NEXT_UPDATE * self.updates,
         )

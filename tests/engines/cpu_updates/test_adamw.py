@@ -16,7 +16,7 @@ from engines.cpu_updates import adamw as module
 from engines.cpu_updates import block_state
 from engines.cpu_updates.adamw import AdamWMemory, adamw, master, state_tensors
 from engines.cpu_updates.block_state import BlockChunk
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.cpu_updates.cpu_adam import compiled
 from engines.cpu_updates.rounding import noise_key
 from engines.settings.exact_offload import ExactOffloadSettings, Moments
@@ -232,5 +232,5 @@ def test_every_update_of_every_chunk_draws_noise_of_its_own(of: str, monkeypatch
                 squared_norm=torch.zeros(1), settings=LspSettings(), key=key,
             )  # fmt: skip
         for step in range(50):
-            chunk.update(StepShare(step=step, learning_rate=1.0))
+            chunk.update(UpdateStep(number=step, learning_rate=1.0))
     assert len(set(drawn)) == len(drawn) == 200

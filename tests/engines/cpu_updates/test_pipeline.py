@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Context
-from engines.cpu_updates.chunks import ChunkUpdate, StepShare, UploadTarget
+from engines.cpu_updates.chunks import ChunkUpdate, UpdateStep, UploadTarget
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.shapes import Workload
 from engines.transfer.compute_clock import ComputeClock
@@ -23,7 +23,7 @@ from engines.transfer.engine_clocks import Clocks
 from engines.transfer.link import Event, Link
 
 CPU = torch.device("cpu")
-SHARE = StepShare(step=0, learning_rate=0.5)
+STEP = UpdateStep(number=0, learning_rate=0.5)
 
 
 @dataclass
@@ -37,9 +37,9 @@ class Chunk:
     squared_norm: Tensor = field(default_factory=lambda: torch.ones(1))
     outgoing: Tensor = field(default_factory=lambda: torch.zeros(4))
 
-    def update(self, share: StepShare, gradients: Sequence[Tensor] = ()) -> None:
+    def update(self, step: UpdateStep, gradients: Sequence[Tensor] = ()) -> None:
         self.on_update(self.deadline)
-        self.outgoing -= share.learning_rate
+        self.outgoing -= step.learning_rate
         self.updates += 1
 
 
@@ -71,7 +71,7 @@ def pipeline() -> Iterator[UpdatePipeline]:
 
 def an_update(chunk: Chunk, download: Any = None, **changes: Any) -> ChunkUpdate:
     target = UploadTarget(memory=torch.full((4,), 9.0), free=Event())
-    of: dict[str, Any] = {"state": chunk, "share": SHARE, "destination": target, **changes}
+    of: dict[str, Any] = {"state": chunk, "step": STEP, "destination": target, **changes}
     return ChunkUpdate(**of) if download is None else ChunkUpdate(**of, downloaded=Event(download))
 
 
@@ -79,7 +79,7 @@ def test_what_was_updated_is_where_it_belongs_once_it_was_waited_for(pipeline: U
     applied: list[Tensor] = []
     updates = [
         an_update(Chunk(0)),
-        an_update(Chunk(1), destination=lambda direction, share: applied.append(direction.clone())),
+        an_update(Chunk(1), destination=lambda direction, step: applied.append(direction.clone())),
         an_update(Chunk(2), destination=None),
     ]
     pipeline.submit(updates)

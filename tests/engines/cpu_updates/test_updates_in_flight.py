@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines.base import Context
-from engines.cpu_updates.chunks import ChunkUpdate, StepShare, UploadTarget, update_at_once
+from engines.cpu_updates.chunks import ChunkUpdate, UpdateStep, UploadTarget, update_at_once
 from engines.cpu_updates.pipeline import UpdatePipeline
 from engines.cpu_updates.updates_in_flight import UpdatesInFlight
 from engines.errors import NonFiniteLoss
@@ -45,7 +45,7 @@ def an_update(gradient: float) -> ChunkUpdate:
     )  # fmt: skip
     return ChunkUpdate(
         state=state,
-        share=StepShare(step=4, learning_rate=1e-3),
+        step=UpdateStep(number=4, learning_rate=1e-3),
         destination=UploadTarget(memory=torch.zeros(8), free=Event()),
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engines.cpu_updates.chunks import StepShare
+from engines.cpu_updates.chunks import UpdateStep
 from engines.settings.lsp import LspSettings
 from engines.shapes import Workload
 from engines.subspace.apply import apply_core, decay_of, kernel_numbers
@@ -64,20 +64,20 @@ def assert_as_one_by_one(device: str, dtype: torch.dtype, *, captured_after: int
     applied = application(members, device)
     slot = torch.zeros(len(SHAPES) * 32 * 32, dtype=dtype, device=device)
     draws = torch.Generator().manual_seed(5)
-    for step in range(5):
-        if step == captured_after:
+    for number in range(5):
+        if number == captured_after:
             assert applied.can_be_captured
             applied.capture(slot)
             assert not applied.can_be_captured
         slot.copy_(torch.randn(slot.shape, generator=draws))
-        share = StepShare(step=step, learning_rate=0.1 / (1 + step))
-        applied(slot, share)
+        step = UpdateStep(number=number, learning_rate=0.1 / (1 + number))
+        applied(slot, step)
         for matrix in others:
-            key = rounding_key(SEED, matrix.subspace, share)
+            key = rounding_key(SEED, matrix.subspace, step)
             weight = matrix.subspace.weight.data
-            apply_core(matrix.subspace, weight, matrix.of(slot), share.learning_rate, SETTINGS, key)
+            apply_core(matrix.subspace, weight, matrix.of(slot), step.learning_rate, SETTINGS, key)
         for one, other in zip(members, others, strict=True):
-            assert torch.equal(one.subspace.weight, other.subspace.weight), step
+            assert torch.equal(one.subspace.weight, other.subspace.weight), number
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,7 +88,7 @@ def test_all_matrices_of_a_chunk_are_moved(dtype: torch.dtype) -> None:
 def test_nothing_is_captured_on_a_cpu() -> None:
     applied = application(matrices("cpu", torch.float32), "cpu")
     assert not applied.can_be_captured
-    applied(torch.zeros(len(SHAPES) * 32 * 32), StepShare(step=0, learning_rate=0.1))
+    applied(torch.zeros(len(SHAPES) * 32 * 32), UpdateStep(number=0, learning_rate=0.1))
     assert not applied.can_be_captured
 
 
@@ -109,7 +109,7 @@ def test_another_place_is_not_read_by_the_graph() -> None:
             applied.capture(slot)
         directions = torch.randn(slot.shape, generator=torch.Generator().manual_seed(step)).to(slot)
         for each in (applied, beside):
-            each(directions, StepShare(step=step, learning_rate=0.1))
+            each(directions, UpdateStep(number=step, learning_rate=0.1))
     for one, other in zip(members, others, strict=True):
         assert torch.equal(one.subspace.weight, other.subspace.weight)
 
