@@ -168,15 +168,17 @@ def find_records(run_ids: Iterable[str], out: Path) -> tuple[dict[str, Run], dic
 
 
 def check_same_machine(found: Iterable[Run], now: Environment, out: Path) -> None:
-    """Raises `UserError` on another machine or torch than that of the runs `found`: new ones could not be
-    reported beside them, and their time would be spent for nothing."""
+    """Raises `UserError` on another machine, torch or setting of its allocator than those of runs `found`:
+    new ones could not be reported beside them, or their memory not be compared, and their time would be spent
+    for nothing."""
     for run in found:
-        for field in ("gpu_name", "gpu_driver", "cpu", "cores_usable", "torch"):
+        for field in ("gpu_name", "gpu_driver", "cpu", "cores_usable", "torch", "gpu_allocator"):
             before, here = getattr(run.environment, field), getattr(now, field)
             if run.end_state == "ok" and before != here:
+                was, is_now = ("none" if each is None else each for each in (before, here))
                 raise UserError(
                     f"--resume {out}",
-                    f"its runs differ from here in '{field}' (was {before}, is now {here})",
+                    f"its runs differ from here in '{field}' (was {was}, is now {is_now})",
                     "go on where it was begun, or name another --out",
                 )
 

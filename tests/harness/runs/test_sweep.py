@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from scripted_runs import SHAPE, scripted_job, scripted_plan
 import harness.runs.attempt
 from engines.errors import UserError
 from engines.files.writing import is_leftover
+from harness.records.environment import read_environment
 from harness.records.job import Job, Limits, load_job, save_job
 from harness.records.manifest import MANIFEST, check_manifest
 from harness.records.run import EndState, Run, Summary, load_run
@@ -38,6 +40,7 @@ from harness.runs.sweep import (
 from harness.runs.worker import Request
 from profiles.language import speaking, translated
 from profiles.planning.plan import Plan, load_plans
+from profiles.system.gpu_allocator import EXPANDABLE
 from run_records import save_run
 
 JOB = scripted_job()
@@ -227,7 +230,13 @@ def test_a_record_of_a_newer_version_is_not_written_over(tmp_path: Path, launche
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("torch", "1.0"), ("gpu_name", "NVIDIA A100"), ("cpu", "another"), ("cores_usable", 999)],
+    [
+        ("torch", "1.0"),
+        ("gpu_name", "NVIDIA A100"),
+        ("cpu", "another"),
+        ("cores_usable", 999),
+        ("gpu_allocator", "backend:cudaMallocAsync"),
+    ],
 )
 def test_resume_elsewhere_is_refused_before_its_time_is_spent(
     tmp_path: Path, launched: list[str], field: str, value: Any
@@ -240,6 +249,22 @@ def test_resume_elsewhere_is_refused_before_its_time_is_spent(
         run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
     assert len(launched) == 1
     assert [kept.id for kept in run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True))] == [run.id]
+
+
+def test_resume_of_runs_before_expandable_segments_is_refused(
+    tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell(setting: str | None) -> None:
+        here = replace(read_environment(), gpu_allocator=setting)
+        monkeypatch.setattr("harness.runs.sweep.read_environment", lambda: here)
+
+    tell(None)
+    run_sweep(JOB, SHAPE, [A], tmp_path)
+    tell(EXPANDABLE)
+    told = re.escape(f"'gpu_allocator' (was none, is now {EXPANDABLE})")
+    with pytest.raises(UserError, match=told):
+        run_sweep(JOB, SHAPE, [A], tmp_path, SweepOptions(resume=True, rounds=2))
+    assert len(launched) == 1
 
 
 def test_resume_of_nothing_starts(tmp_path: Path, launched: list[str]) -> None:
