@@ -65,6 +65,9 @@ FAILURES = (
 )  # fmt: skip
 """What a model raises that is run in another way than it expects."""
 
+Gradients = Mapping[str, Tensor | None]
+"""By parameter, in fp32, and the loss, () fp32; `None`: nothing reached it."""
+
 
 def check_driven(blueprint: Blueprint, context: Context) -> None:
     """Embedding, blocks and head, run one after the other, compute what the model's own forward does.
@@ -96,7 +99,44 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
     Raises `UserError` if not. Calls `check_repeats` too.
     """
     model = blueprint.model
+    recomputed = len(find_blocks(model)[1])
+
+    def found(inputs: Mapping[str, Tensor], known: Mapping[str, nn.Parameter]) -> Gradients:
+        with _refused(model, NOT_WATCHED), no_cache(model):
+            watched = TrainedBlocks(model, _Nobody(), recomputed=recomputed, graphs=False)
+            try:
+                return _gradients(model, inputs, known)
+            finally:
+                watched.close()
+
+    _check_gradients(blueprint, context, found)
+
+
+def check_block_major(blueprint: Blueprint, context: Context) -> None:
+    """Raises `UserError` for a model whose loss or gradients are others where its passes are those of
+    `engines.model.block_major`, in fp32 on stand-in weights."""
+    model = blueprint.model
     _, blocks = find_blocks(model)
+
+    def found(inputs: Mapping[str, Tensor], known: Mapping[str, nn.Parameter]) -> Gradients:
+        with _refused(model, NOT_ONE_BY_ONE), no_cache(model):
+            of_blocks = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+            losses: list[Tensor] = []
+            passes = BlockMajor(model, of_blocks, _Adds(of_blocks), draws=False)
+            passes.run([tried_batch(blueprint)], inputs["input_ids"].device, losses.append)
+            return {"the loss": losses[0], **_taken(known)}
+
+    _check_gradients(blueprint, context, found)
+
+
+def _check_gradients(
+    blueprint: Blueprint,
+    context: Context,
+    found: Callable[[Mapping[str, Tensor], Mapping[str, nn.Parameter]], Gradients],
+) -> None:
+    """Raises `UserError` where what `found` gives for inputs, and for parameters by name, is not the loss and
+    gradients of the model's own passes, and for a model that does not repeat itself."""
+    model = blueprint.model
     turn_off_randomness(model)
     with on_stand_ins(blueprint, context, torch.float32) as inputs:
         model.train()
@@ -104,13 +144,7 @@ def check_watched(blueprint: Blueprint, context: Context) -> None:
         _check_repeats(model, inputs)
         known = _known_gradients(model)
         own = _gradients(model, inputs, known)
-        with _refused(model, NOT_WATCHED), no_cache(model):
-            watched = TrainedBlocks(model, _Nobody(), recomputed=len(blocks), graphs=False)
-            try:
-                found = _gradients(model, inputs, known)
-            finally:
-                watched.close()
-        _compare(model, own, found, lambda: _gradients(model, inputs, known))
+        _compare(model, own, found(inputs, known), lambda: _gradients(model, inputs, known))
 
 
 def _known_gradients(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -126,9 +160,9 @@ def _known_gradients(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _compare(
     model: nn.Module,
-    own: Mapping[str, Tensor | None],
-    found: Mapping[str, Tensor | None],
-    again: Callable[[], Mapping[str, Tensor | None]],
+    own: Gradients,
+    found: Gradients,
+    again: Callable[[], Gradients],
 ) -> None:
     unlike = [name for name in own if not _close(own[name], found[name], TOLERANCE[torch.float32])]
     if not unlike:
@@ -139,27 +173,6 @@ def _compare(
     usual = max(_per_element(each) for each in own.values())
     if any(not _is_rounding(own[name], found[name], repeated[name], usual) for name in unlike):
         raise _refusal(model, OTHER_GRADIENTS)
-
-
-def check_block_major(blueprint: Blueprint, context: Context) -> None:
-    """Raises `UserError` for a model whose loss or gradients are others where its passes are those of
-    `engines.model.block_major`, in fp32 on stand-in weights."""
-    model = blueprint.model
-    _, blocks = find_blocks(model)
-    turn_off_randomness(model)
-    with on_stand_ins(blueprint, context, torch.float32) as inputs:
-        model.train()
-        _outputs_with_each_block_once(model, inputs)
-        _check_repeats(model, inputs)
-        known = _known_gradients(model)
-        own = _gradients(model, inputs, known)
-        with _refused(model, NOT_ONE_BY_ONE), no_cache(model):
-            of_blocks = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-            losses: list[Tensor] = []
-            passes = BlockMajor(model, of_blocks, _Adds(of_blocks), draws=False)
-            passes.run([tried_batch(blueprint)], inputs["input_ids"].device, losses.append)
-            found = {"the loss": losses[0], **_taken(known)}
-        _compare(model, own, found, lambda: _gradients(model, inputs, known))
 
 
 class _Adds:
