@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 from profiles.language import Language, filled, quantity, sentences, spoken
 
+_COMMA = "、"
+"""Japanese has one sign between items and between the parts of one."""
+
 
 def messages(language: Language = "en") -> dict[str, str]:
     """Key -> text with `{names}` to fill in. Keys are dotted: `verdict.go`."""
@@ -21,4 +24,5 @@ def say(key: str, /, **values: object) -> str:
 
 def several_items(items: Iterable[str]) -> str:
     """Items that may have commas of their own, one after the other as the language spoken writes them."""
-    return say("show.list").join(items)
+    told = list(items)
+    return say("show.list_of_long" if any(_COMMA in each for each in told) else "show.list").join(told)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from engines.errors import UserError
 from engines.settings.given import Value
 from harness.records.columns import Column
+from harness.records.job import ModelSource
 from harness.records.memory_limits import imposed_gpu_bytes, imposed_host_bytes
-from harness.records.run import Run
+from harness.records.run import Environment, Run
 from profiles.language import enumerated, large_count, quantity, translated
 from profiles.units import NOT_MEASURED, format_bytes
 from reports.decide import Verdict
@@ -17,6 +18,25 @@ from reports.format import Table, counted, digits, method_flags, minute, model_t
 from reports.load import Loaded, engine_order
 from reports.measured.measurements import Measurements, typical
 from reports.messages import say, several_items
+
+
+def told_of(model: ModelSource, environments: Sequence[Environment], times: Sequence[str]) -> str:
+    """What a verdict is of: the model, the machine and the days of the runs. `times` are ISO 8601."""
+    machines = dict.fromkeys(_machine(each) for each in environments)
+    days = sorted(each[:10] for each in times)
+    return say(
+        "verdict.told_of",
+        model=model_title(model),
+        machine=enumerated(machines),
+        days=span(days[0], days[-1]),
+    )
+
+
+def _machine(environment: Environment) -> str:
+    machine = environment.gpu_name or environment.cpu
+    if environment.emulated is None:
+        return machine
+    return say("index.emulated", emulated=environment.emulated, machine=machine)
 
 
 def setting(loaded: Loaded) -> tuple[tuple[str, str], ...]:

@@ -27,6 +27,7 @@ from reports.messages import say
 from reports.pages.build import document
 from reports.pages.data import DataTable, ReportData, data_of, table_of_runs
 from reports.pages.document import Document
+from reports.provenance import told_of
 from reports.studies.answer import study_verdict
 from reports.studies.pages import study_document
 from reports.studies.read import LoadedStudy, is_study, load_study
@@ -98,7 +99,11 @@ def _source(folder: Path, criteria_path: Path | None) -> _Source:
 
 
 def _study_told(study: LoadedStudy) -> WrittenReport:
-    verdict = study_verdict(study)
+    trials = study.trials
+    told = told_of(
+        study.plan.job.model, [each.environment for each in trials], [each.time for each in trials]
+    )
+    verdict = _naming(study_verdict(study), told)
     return WrittenReport(verdict=verdict, document=study_document(study, verdict))
 
 
@@ -156,11 +161,19 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
     unlike = about_speeds(loaded.runs, loaded.machine, shape_of(loaded))
+    told = told_of(
+        loaded.job.model, [run.environment for run in loaded.runs], [run.time for run in loaded.runs]
+    )
     return replace(
-        verdict,
+        _naming(verdict, told),
         warnings=(*unsound, *unreadable, *unlike, *verdict.warnings),
         governance=governance_lines(loaded.runs),
     )
+
+
+def _naming(verdict: Verdict, told: str) -> Verdict:
+    """With what it is of in its sentence, which is repeated where the page is not at hand."""
+    return replace(verdict, sentence=say("show.sentences").join((verdict.sentence, told)))
 
 
 def render_markdown(report: WrittenReport) -> str:

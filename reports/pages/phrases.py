@@ -13,7 +13,7 @@ from profiles.language import enumerated
 from profiles.units import format_bytes
 from reports.decide import Verdict
 from reports.findings.exactness import compare_with_reference
-from reports.format import counted, job_in_short, model_title, percent, span, times
+from reports.format import counted, digits, job_in_short, model_title, percent, span, times
 from reports.judging import stated
 from reports.judging.quality import learned
 from reports.load import Loaded
@@ -63,8 +63,10 @@ def _own_phrases(loaded: Loaded, engine: str, all_: Measurements) -> Iterator[st
             yield say(
                 "phrase.rate",
                 method=engine,
+                model=model,
+                where=where,
                 step=stated.plain_time(stated.step_s(engine, all_)),
-                rate=f"{rate.median:,.0f}",
+                rate=digits(rate.median),
             )
     found = learned(engine, all_)
     if found is not None:

@@ -16,6 +16,7 @@ from profiles.documents import adapter
 from profiles.language import Language, filled, quantity, sentences, speaking, translated
 from profiles.planning.plan import Plan
 from reports.load import load_folder
+from reports.messages import several_items
 from reports.render import render_html, render_markdown, write_report, written
 from run_records import cpu_runs, make_failures, make_machine, make_plan, make_sweep, write_folder
 
@@ -121,8 +122,17 @@ def test_both_are_written_side_by_side_and_json_stays_english(folder: Path) -> N
     verdict = write_report(folder, language="ja")
     assert (folder / "verdict.json").read_bytes() == before
     assert re.search("[ぁ-ん]", verdict.sentence)
+    japanese = (folder / "report.ja.md").read_text(encoding="utf-8")
+    assert re.findall("^(?:- |#).*[ぁ-んァ-ヴー一-龥]: .*", japanese, re.MULTILINE) == []
     names_there = {path.name for path in folder.glob("report*")}
     assert names_there == {"report.md", "report.html", "report.json", "report.ja.md", "report.ja.html"}
+
+
+def test_items_with_commas_of_their_own_are_told_apart() -> None:
+    with speaking("ja"):
+        assert several_items(["一", "二"]) == "一、二"
+        assert several_items(["一、二", "三"]) == "一、二\uff1b三"
+    assert several_items(["one, and two", "three"]) == "one, and two; three"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from reports.criteria import default_criteria, init_text
 from reports.format import model_name
 from reports.load import Loaded, load_folder
 from reports.messages import messages
+from reports.provenance import told_of
 from reports.render import (
     judge,
     markdown_text,
@@ -195,6 +196,25 @@ def test_the_report_of_a_report_folder_does_not_read_itself(sweep: Path) -> None
     assert write_report(sweep) == verdict
 
 
+def test_a_verdict_says_of_which_model_machine_and_day_it_is(sweep: Path) -> None:
+    """It is repeated in meetings, without its page."""
+    verdict = write_report(sweep)
+    runs = load_folder(sweep).runs
+    model, gpu = runs[0].model.name, runs[0].environment.gpu_name
+    told = {(run.model.name, run.environment.gpu_name, run.time[:10]) for run in runs}
+    assert told == {(model, gpu, runs[0].time[:10])}
+    assert verdict.sentence.endswith(f"Model: {model}; machine: {gpu}; run on {runs[0].time[:10]}.")
+    assert gpu in write_report(sweep, language="ja").sentence
+
+
+def test_a_verdict_on_an_emulated_machine_names_both() -> None:
+    run = make_sweep()[0]
+    here = replace(run.environment, gpu_name="NVIDIA H200", emulated="rtx-3090")
+    times = ["2026-11-30T23:59:00+00:00", "2026-12-01T00:01:00+00:00"]
+    told = told_of(make_test_job().model, [here, here], times)
+    assert "machine: rtx-3090, emulated on NVIDIA H200; run on 2026-11-30 to 2026-12-01" in told
+
+
 def test_criteria_given_by_path_take_the_place_of_the_folders_own(sweep: Path, tmp_path: Path) -> None:
     stricter = tmp_path / "stricter.toml"
     stricter.write_text(init_text().replace("threshold = 5.0", "threshold = 0.5"))
@@ -336,7 +356,7 @@ def test_what_may_be_recomputed_and_what_was_are_both_told(tmp_path: Path) -> No
 def test_gpu_memory_says_what_of_it_is_told(tmp_path: Path) -> None:
     """What torch reserved, or of a trainer that does not tell it what its tensors took."""
     _, markdown, html = rendered(write_folder(tmp_path / "reserved", [make_run("native")]))
-    assert "5.59 GiB of GPU memory reserved.**" in markdown
+    assert "5.59 GiB of GPU memory reserved. Model: opt-1.3b;" in markdown
     assert "- Memory: 5.59 GiB of GPU memory reserved by torch (" in markdown
     assert "Peak GPU memory, reserved by torch" in html
     tensors = [make_run("native", peak_gpu_reserved_bytes=None)]
