@@ -38,7 +38,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.cpu_updates.cpu_adam import Memory, Step, add_up, addresses, compiled, factors_of
+from engines.cpu_updates.cpu_adam import (
+    Memory,
+    Step,
+    adam_without_compiler,
+    add_up,
+    addresses,
+    compiled,
+    factors_of,
+)
 from engines.cpu_updates.rounding import keep_by_chance, low_half, noise
 from engines.settings.exact_offload import MOMENT_GROUP, Moments
 
@@ -190,14 +198,7 @@ def adamw_without_compiler(gradient: Tensor, memory: AdamWMemory, step: Step) ->
 
 
 def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> None:
-    f: Any = step.adam  # ctypes adds the attributes
-    moment, variance = opened_moments(memory)
-    gradient = gradient * f.scale
-    moment = (moment * f.keep_moment).add_(gradient * f.take_moment)
-    variance = (variance * f.keep_variance).add_((gradient * gradient).mul_(f.take_variance))
-    # HAZARD: torch's own square root is not always the nearest number; numpy's is.
-    root = torch.from_numpy(np.sqrt(variance.numpy()))
-    way = (moment * f.unbias_moment).div_((root * f.unbias_root).add_(f.eps))
+    moment, variance, root, way = adam_without_compiler(gradient, *opened_moments(memory), step.adam)
     weight = master(memory.weight, memory.rest)
     weight = (weight * step.keep_weight).sub_(way.mul_(step.rate))
     if memory.rest is None:
@@ -210,9 +211,9 @@ def _update(gradient: Tensor, memory: AdamWMemory, step: Any, begin: int) -> Non
 
 
 def opened_moments(memory: AdamWMemory) -> tuple[Tensor, Tensor]:
-    """Both moments in fp32, (n,) each, copies."""
+    """Both moments in fp32, (n,) each, to be read: those kept in fp32 are themselves."""
     if memory.moment_scales is None or memory.variance_scales is None:
-        return memory.moment.float().clone(), memory.variance.float().clone()
+        return memory.moment.float(), memory.variance.float()
     n = memory.moment.numel()
     moment_unit = _of_each(memory.moment_scales * np.float32(1.0 / 16129.0).item(), n)
     variance_unit = _of_each(memory.variance_scales * np.float32(1.0 / 4228250625.0).item(), n)

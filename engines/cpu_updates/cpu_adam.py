@@ -239,18 +239,27 @@ def _compiled_by(compiler: list[str]) -> Any:
 def core_adam_without_compiler(
     core: Tensor, moment: Tensor, variance: Tensor, factors: Factors, key: int
 ) -> None:
-    """What `cpu_adam.c` does, by torch's operations: all of (elements,), fp32 or bf16."""
-    f: Any = factors  # ctypes adds the attributes
+    """What `cpu_adam.c` does to a core, by torch's operations: all of (elements,), fp32 or bf16."""
     for begin in range(0, core.numel(), CHUNK):
         part, kept_m, kept_v = (tensor[begin : begin + CHUNK] for tensor in (core, moment, variance))
-        gradient = part.float() * f.scale
-        m = (kept_m.float() * f.keep_moment).add_(gradient * f.take_moment)
-        v = (kept_v.float() * f.keep_variance).add_(gradient.square_().mul_(f.take_variance))
-        # HAZARD: torch's own square root is not always the nearest number; numpy's is.
-        root = torch.from_numpy(np.sqrt(v.numpy())).mul_(f.unbias_root).add_(f.eps)
-        part.copy_((m * f.unbias_moment).div_(root))
+        m, v, _, direction = adam_without_compiler(part.float(), kept_m.float(), kept_v.float(), factors)
+        part.copy_(direction)
         kept_m.copy_(m)
         if kept_v.dtype == torch.bfloat16:
             keep_by_chance(kept_v, v, noise(key, begin, part.numel()))
         else:
             kept_v.copy_(v)
+
+
+def adam_without_compiler(
+    gradient: Tensor, moment: Tensor, variance: Tensor, factors: Factors
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam of `cpu_adam.c` in its order of operations: both new moments, the root of the second, and the
+    direction m_hat / (sqrt(v_hat) + eps). All of (elements,) in fp32; what is given is only read."""
+    f: Any = factors  # ctypes adds the attributes
+    gradient = gradient * f.scale
+    m = (moment * f.keep_moment).add_(gradient * f.take_moment)
+    v = (variance * f.keep_variance).add_((gradient * gradient).mul_(f.take_variance))
+    # HAZARD: torch's own square root is not always the nearest number; numpy's is.
+    root = torch.from_numpy(np.sqrt(v.numpy()))
+    return m, v, root, (m * f.unbias_moment).div_((root * f.unbias_root).add_(f.eps))
