@@ -187,18 +187,18 @@ def _host(meter: Meter, host: _Usable, *, triad: bool) -> tuple[Cpu, HostMemory]
         )
     others = busy.cores_of_others(before, busy.cpu_times(host.root))
     why = busy.disturbance(others, cpu_found.threads, host.cores.total)
-    cpu_found = replace(_marked(cpu_found, why), others_cores=others, pressure=waiting)
-    memory_found = _marked(memory_found, why)
     found = host.processors
     cpu_found = replace(
-        cpu_found,
+        _marked(cpu_found, why),
+        others_cores=others,
+        pressure=waiting,
         cores_physical=found.cores_physical,
         sockets=found.sockets,
         numa_nodes=found.numa_nodes,
         instruction_sets=found.instruction_sets,
         governor=found.governor,
     )
-    return cpu_found, memory_found
+    return cpu_found, _marked(memory_found, why)
 
 
 def _device(meter: Meter, root: Path, sustained_s: float) -> tuple[Gpu, LinkFigures, launches.Launches]:
