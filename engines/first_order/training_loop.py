@@ -38,7 +38,7 @@ from engines.model.blocks import find_blocks, to_device
 from engines.model.cuda_graphs import MOST_FORMS
 from engines.model.evaluation import evaluate_on_device
 from engines.model.randomness import draws_random_numbers
-from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.model.training_regions import TrainingRegions, compiles
 from engines.settings.first_order import (
     AdamWSettings,
     BlockPassSettings,
@@ -121,7 +121,7 @@ class TrainingLoop:
             prepare_training(model, self.context, settings)
             return
         prepare_training(model, self.context, settings, recompute=False)
-        compiled = self._compiles(settings)
+        compiled = compiles(settings.compile, self.device, self.notes)
         self._chunk_loss(compiled=compiled)
         self._install(settings, compiled=compiled)
         graphs = isinstance(settings, BlockPassSettings) and settings.graphs
@@ -150,13 +150,6 @@ class TrainingLoop:
             return
         if workload.batch_size * workload.seq_len > settings.loss_tokens:
             self._head_loss = HeadLoss(self.model, settings.loss_tokens, compiled=compiled)
-
-    def _compiles(self, settings: CompiledBlockSettings) -> bool:
-        why_not = why_not_compiled(self.device)
-        if settings.compile and why_not is not None:
-            self.notes.append(f"not compiled: {why_not}")
-            return False
-        return compiles(settings.compile, self.device)
 
     def _install(self, settings: CompiledBlockSettings, *, compiled: bool) -> None:
         self._is_compiled = False

@@ -128,7 +128,7 @@ from engines.model.hidden_states import HiddenStates
 from engines.model.model_check import check_block_major
 from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
-from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.model.training_regions import TrainingRegions, compiles
 from engines.offload.disk_states import DiskStates
 from engines.offload.disk_weights import DiskWeights
 from engines.offload.kept_states import KeptStates
@@ -240,10 +240,7 @@ class ExactOffload:
             hidden_states=self.hidden_states,
             graphs=self._make_graphs(),
         )
-        why_not = why_not_compiled(self.device)
-        if self.settings.compile and why_not is not None:
-            self.notes.append(f"not compiled: {why_not}")
-        self._install(compiled=why_not is None and compiles(self.settings.compile, self.device))
+        self._install(compiled=compiles(self.settings.compile, self.device, self.notes))
         self._world.barrier()  # HAZARD: what the host has is whole from here on
 
     def _take_host_memory(self, outside: Sequence[BlockLayout]) -> None:

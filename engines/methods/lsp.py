@@ -105,7 +105,7 @@ from engines.model.evaluation import evaluate_on_device
 from engines.model.model_check import check_block_major, check_watched
 from engines.model.randomness import draws_random_numbers
 from engines.model.stand_ins import give_back
-from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.model.training_regions import TrainingRegions, compiles
 from engines.settings.lsp import LspSettings
 from engines.settings.lsp_layout import UPLOAD_SLOTS
 from engines.subspace.apply import apply_core, realized_of_core
@@ -248,10 +248,7 @@ class Lsp:
         recomputed = settings.recomputed(
             len(find_blocks(self.model)[1]), checkpointing=self.context.workload.checkpointing
         )
-        why_not = why_not_compiled(self.device)
-        if settings.compile and why_not is not None:
-            self._notes.append(f"not compiled: {why_not}")
-        compiled = why_not is None and compiles(settings.compile, self.device)
+        compiled = compiles(settings.compile, self.device, self._notes)
         if settings.block_major:
             # No parameter is the watcher's: gradients of vectors are added up where DenseParameters has them.
             nobody: list[list[nn.Parameter]] = [[] for _ in find_blocks(self.model)[1]]

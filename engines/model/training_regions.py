@@ -197,12 +197,17 @@ def _is_no_advice_on_checkpoints(record: logging.LogRecord) -> bool:
     return "context_fn is passed" not in record.getMessage()
 
 
-def compiles(wanted: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether regions are compiled: `auto` where it pays and can be done."""
-    return (device.type == "cuda" and why_not_compiled(device) is None) if wanted == "auto" else wanted
+def compiles(wanted: bool | Literal["auto"], device: torch.device, notes: list[str]) -> bool:
+    """Whether regions are compiled: as `wanted`, `auto` where it pays, and nowhere that it cannot be done.
+    Where that is all that keeps them from it, `notes` is told why."""
+    why_not = _why_not_on(device)
+    if wanted and why_not is not None:
+        notes.append(f"not compiled: {why_not}")
+        return False
+    return device.type == "cuda" if wanted == "auto" else wanted
 
 
-def why_not_compiled(device: torch.device) -> str | None:
+def _why_not_on(device: torch.device) -> str | None:
     """Why nothing can be compiled for `device` here; `None` if it can."""
     if device.type != "cuda":
         return None

@@ -18,16 +18,17 @@ from engines.errors import UserError
 from engines.kernels import triton_launch
 from engines.model import training_regions
 from engines.model.blocks import find_blocks
-from engines.model.training_regions import TrainingRegions, compiles, why_not_compiled
+from engines.model.training_regions import TrainingRegions, compiles
 from engines.shapes import Workload
 
 GPU = torch.device("cuda")
 
 
 def test_a_cpu_compiles_where_it_is_asked_to() -> None:
-    assert why_not_compiled(torch.device("cpu")) is None
-    assert compiles(True, torch.device("cpu"))
-    assert not compiles("auto", torch.device("cpu"))
+    notes: list[str] = []
+    assert compiles(True, torch.device("cpu"), notes)
+    assert not compiles("auto", torch.device("cpu"), notes)
+    assert notes == []
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,15 @@ def test_a_gpu_needs_triton_and_a_compiler(
 ) -> None:
     monkeypatch.setattr(training_regions, "find_spec", lambda name: object())
     monkeypatch.setattr(triton_launch, "which", lambda name: "/usr/bin/cc")
-    assert why_not_compiled(GPU) is None
-    assert compiles("auto", GPU)
+    notes: list[str] = []
+    assert compiles("auto", GPU, notes)
+    assert not compiles(False, GPU, notes)
     monkeypatch.setattr(module, missing, lambda name: None)
-    assert told in str(why_not_compiled(GPU))
-    assert not compiles("auto", GPU)
+    assert not compiles(False, GPU, notes)
+    assert notes == []
+    for wanted in (True, "auto"):
+        assert not compiles(wanted, GPU, notes)
+        assert told in notes.pop()
 
 
 WIDTH, WIDE, BATCH, LENGTH = 128, 352, 2, 64
