@@ -20,20 +20,27 @@ from reports.measured.measurements import Measurements, typical
 from reports.messages import say, several_items
 
 
-def told_of(model: ModelSource, environments: Sequence[Environment], times: Sequence[str]) -> str:
-    """What a verdict is of: the model, the machine and the days of the runs. `times` are ISO 8601."""
-    machines = dict.fromkeys(_machine(each) for each in environments)
+def told_of(loaded: Loaded) -> str:
+    """What a verdict is of: the model, the machine and what it was held to, and the days of the runs."""
+    run, limits = best_known(loaded.runs), loaded.job.limits
+    machines = dict.fromkeys(machine_in_short(run.environment, limits.ranks) for run in loaded.runs)
+    machine = enumerated(machines)
+    if held := _held_memory(run):
+        machine = say("verdict.held", machine=machine, what=enumerated(held))
+    return named(loaded.job.model, machine, [run.time for run in loaded.runs])
+
+
+def named(model: ModelSource, machine: str, times: Sequence[str]) -> str:
+    """Model, machine and days in one sentence. `times` are ISO 8601."""
     days = sorted(each[:10] for each in times)
-    return say(
-        "verdict.told_of",
-        model=model_title(model),
-        machine=enumerated(machines),
-        days=span(days[0], days[-1]),
-    )
+    return say("verdict.told_of", model=model_title(model), machine=machine, days=span(days[0], days[-1]))
 
 
-def _machine(environment: Environment) -> str:
+def machine_in_short(environment: Environment, gpus: int = 1) -> str:
+    """Its GPUs, or its processor where it has none; if it was another that stood in for it, both."""
     machine = environment.gpu_name or environment.cpu
+    if environment.gpu_name is not None and gpus > 1:
+        machine = say("setting.gpus", count=gpus, gpu=machine)
     if environment.emulated is None:
         return machine
     return say("index.emulated", emulated=environment.emulated, machine=machine)
@@ -245,13 +252,18 @@ def not_measured(all_: Measurements) -> tuple[str, ...]:
 
 def _held(run: Run) -> str:
     """To what less than its machine has `run` was held; empty where to nothing."""
-    caps = {"held_gpu": imposed_gpu_bytes(run) if run.environment.gpu_name is not None else None,
-            "held_host": imposed_host_bytes(run)}  # fmt: skip
-    parts = [say(f"setting.{key}", memory=format_bytes(cap)) for key, cap in caps.items() if cap is not None]
+    parts = _held_memory(run)
     if run.emulation is not None:
         threads = run.emulation.threads_held or run.emulation.threads
         parts.append(say("setting.held_emulated", threads=threads, machine=run.environment.emulated))
     return enumerated(parts)
+
+
+def _held_memory(run: Run) -> list[str]:
+    """Limits of GPU and host memory that were imposed on it."""
+    caps = {"held_gpu": imposed_gpu_bytes(run) if run.environment.gpu_name is not None else None,
+            "held_host": imposed_host_bytes(run)}  # fmt: skip
+    return [say(f"setting.{key}", memory=format_bytes(cap)) for key, cap in caps.items() if cap is not None]
 
 
 _TOLD = {"random": "setting.random_data", "builtin": "setting.builtin_data"}

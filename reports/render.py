@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from engines.errors import UserError
 from profiles.documents import to_json, write_whole
-from profiles.language import Language, speaking, spoken
+from profiles.language import Language, enumerated, speaking, spoken
 from reports.criteria import Criteria, default_criteria, load_criteria
 from reports.decide import Verdict, decide, state_text
 from reports.findings.governance import governance_lines
@@ -27,7 +27,7 @@ from reports.messages import say
 from reports.pages.build import document
 from reports.pages.data import DataTable, ReportData, data_of, table_of_runs
 from reports.pages.document import Document
-from reports.provenance import told_of
+from reports.provenance import machine_in_short, named, told_of
 from reports.studies.answer import study_verdict
 from reports.studies.pages import study_document
 from reports.studies.read import LoadedStudy, is_study, load_study
@@ -99,10 +99,8 @@ def _source(folder: Path, criteria_path: Path | None) -> _Source:
 
 
 def _study_told(study: LoadedStudy) -> WrittenReport:
-    trials = study.trials
-    told = told_of(
-        study.plan.job.model, [each.environment for each in trials], [each.time for each in trials]
-    )
+    machines = dict.fromkeys(machine_in_short(each.environment) for each in study.trials)
+    told = named(study.plan.job.model, enumerated(machines), [each.time for each in study.trials])
     verdict = _naming(study_verdict(study), told)
     return WrittenReport(verdict=verdict, document=study_document(study, verdict))
 
@@ -161,11 +159,8 @@ def judge(loaded: Loaded, criteria: Criteria | None, untried: Untried | None = N
     unreadable = (say("warning.unreadable", count=len(loaded.broken)),) if loaded.broken else ()
     unsound = about_integrity(loaded.findings, loaded.runs)
     unlike = about_speeds(loaded.runs, loaded.machine, shape_of(loaded))
-    told = told_of(
-        loaded.job.model, [run.environment for run in loaded.runs], [run.time for run in loaded.runs]
-    )
     return replace(
-        _naming(verdict, told),
+        _naming(verdict, told_of(loaded)),
         warnings=(*unsound, *unreadable, *unlike, *verdict.warnings),
         governance=governance_lines(loaded.runs),
     )

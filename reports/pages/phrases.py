@@ -109,8 +109,13 @@ def _disclosure(loaded: Loaded, engine: str, all_: Measurements) -> str:
         cores=environment.cores_usable,
         host=format_bytes(environment.host_memory_bytes),
         emulated=say("disclosure.emulated", name=environment.emulated) if environment.emulated else "",
-        software=f"lspzo-bench {environment.program}, torch {environment.torch or '?'}, "
-        f"transformers {environment.transformers or '?'}",
+        software=enumerated(
+            (
+                f"lspzo-bench {environment.program}",
+                f"torch {environment.torch or '?'}",
+                f"transformers {environment.transformers or '?'}",
+            )
+        ),
         commit=(environment.commit or "?")[:12],
         state=say(f"reproduce.{_clean(environment.dirty)}"),
         time=span(*_days(rounds)),

@@ -76,9 +76,10 @@ def test_the_same_numbers_in_both(folder: Path) -> None:
     for sentence in OF_TEST_RECORDS:
         told = told.replace(sentence, "")
     assert ENGLISH.search(told) is None, told
-    # Lists have the commas of the language, and brackets around its words are its own.
-    latin = re.compile(r"[ぁ-んァ-ン一-龥\uff09][,;] |\([^)]*[ぁ-んァ-ン一-龥][^)]*\)")
+    # Lists have the commas of the language, names its colon, and brackets around its words are its own.
+    latin = re.compile(r"[ぁ-んァ-ン一-龥\uff09][,;:] |\([^)]*[ぁ-んァ-ン一-龥][^)]*\)")
     assert [line for line in told.splitlines() if latin.search(line)] == []
+    assert not re.search(r"lspzo-bench [\d.]+, torch", markdown)
 
 
 def kept_sentences() -> set[str]:

@@ -203,16 +203,38 @@ def test_a_verdict_says_of_which_model_machine_and_day_it_is(sweep: Path) -> Non
     model, gpu = runs[0].model.name, runs[0].environment.gpu_name
     told = {(run.model.name, run.environment.gpu_name, run.time[:10]) for run in runs}
     assert told == {(model, gpu, runs[0].time[:10])}
-    assert verdict.sentence.endswith(f"Model: {model}; machine: {gpu}; run on {runs[0].time[:10]}.")
+    assert verdict.sentence.endswith(
+        f"Model: {model}; machine: {gpu} held to 22.4 GiB of GPU memory; run on {runs[0].time[:10]}."
+    )
     assert gpu in write_report(sweep, language="ja").sentence
 
 
-def test_a_verdict_on_an_emulated_machine_names_both() -> None:
+def test_a_verdict_on_an_emulated_machine_names_both(tmp_path: Path) -> None:
     run = make_sweep()[0]
     here = replace(run.environment, gpu_name="NVIDIA H200", emulated="rtx-3090")
     times = ["2026-11-30T23:59:00+00:00", "2026-12-01T00:01:00+00:00"]
-    told = told_of(make_test_job().model, [here, here], times)
+    job = make_test_job(limits={})
+    runs = [make_run(job=job, environment=here, time=time, round=n) for n, time in enumerate(times, 1)]
+    told = told_of(load_folder(write_folder(tmp_path / "runs", runs, job=job)))
     assert "machine: rtx-3090, emulated on NVIDIA H200; run on 2026-11-30 to 2026-12-01" in told
+
+
+@pytest.mark.parametrize(
+    ("limits", "machine"),
+    [
+        ({}, "NVIDIA H200"),
+        ({"vram_bytes": 8 * 2**30}, "NVIDIA H200 held to 8.00 GiB of GPU memory"),
+        ({"gpus": 2}, "2 GPUs, each NVIDIA H200"),
+    ],
+)
+def test_a_verdict_says_how_many_gpus_and_how_little_of_them(
+    limits: dict[str, int], machine: str, tmp_path: Path
+) -> None:
+    """What fits where a run was held to 8 GiB is no news of a card of 140."""
+    job = make_test_job(limits=limits)
+    here = make_environment(gpu_name="NVIDIA H200", gpu_total_bytes=140 * 2**30)
+    folder = write_folder(tmp_path / "runs", [make_run(job=job, environment=here)], job=job)
+    assert f"; machine: {machine}; run on" in write_report(folder).sentence
 
 
 def test_criteria_given_by_path_take_the_place_of_the_folders_own(sweep: Path, tmp_path: Path) -> None:
