@@ -12,7 +12,8 @@ from engines.errors import UserError
 from engines.files.reading import expanded, is_folder
 from engines.shapes import ModelShape
 from harness.job_arguments import job_arguments
-from harness.models.configs import ENCODERS, NAMED_SHAPES, named_shape
+from harness.models.configs import ENCODERS, NAMED_SHAPES, local_folder, named_shape
+from harness.models.weight_files import first_broken
 from harness.pipeline import ROUNDS
 from harness.records.job import Job, ModelSource
 from harness.resolve import resolve_shape
@@ -109,6 +110,18 @@ def without_weights(source: ModelSource) -> ModelSource:
     if is_folder(path) and not any(Path(path).glob("*.safetensors")):
         return replace(source, random_weights=True)
     return source
+
+
+def broken_weights(source: ModelSource) -> str | None:
+    """What a run of a checkpoint in a folder would be refused for, though its plan needs no weights; `None`:
+    nothing, or there are none."""
+    folder = None if source.random_weights else local_folder(source)
+    broken = None if folder is None else first_broken(folder)
+    if broken is None:
+        return None
+    return (
+        f"plans are made of config.json alone, but no run can load the weights: {broken}; download them again"
+    )
 
 
 def catalogue() -> dict[str, Machine]:

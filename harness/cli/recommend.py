@@ -32,6 +32,7 @@ from harness.progress import console
 from harness.recipes.write import Stack, write_recipe
 from harness.recommendation import (
     Recommendation,
+    broken_weights,
     limits_beyond,
     model_of_target,
     recommended,
@@ -174,6 +175,8 @@ def recommend(
     job = flags.job(names)
     job = replace(job, model=without_weights(job.model))
     shape = resolve_shape(job)
+    if (broken := broken_weights(job.model)) is not None:
+        _note(broken)
     # As `run` pads.
     as_run = job if flags.gives("padding") else replace(job, padding="longest")
     lengths = data_lengths(as_run, shape, quiet=quiet)

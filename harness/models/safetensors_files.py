@@ -7,24 +7,22 @@ where they are (`engines.offload.disk`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from engines.base import StoredTensor
 from engines.errors import UserError
-from engines.files.reading import exists, open_file, read_json
 from engines.model.blocks import TORCH_DTYPE
 from engines.shapes import Dtype
 from harness.models.configs import local_folder
+from harness.models.weight_files import first_broken, header_of, weight_files
 from harness.records.job import ModelSource
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES: dict[str, Dtype] = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -37,7 +35,7 @@ def stored_tensors(source: ModelSource, model: nn.Module, body: str) -> dict[str
     if folder is None:
         return None
     try:
-        stored = {key: tensor for path in _files(folder) for key, tensor in _tensors(path)}
+        stored = {key: tensor for path in weight_files(folder) for key, tensor in _tensors(path)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return None  # transformers will say what is wrong with it
     found: dict[str, StoredTensor] = {}
@@ -58,7 +56,9 @@ def stored_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
         return {}
     try:
         return {
-            key: tuple(entry["shape"]) for path in _files(folder) for key, entry in _header(path)[1].items()
+            key: tuple(entry["shape"])
+            for path in weight_files(folder)
+            for key, entry in header_of(path)[1].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         return {}
@@ -79,39 +79,12 @@ def what_is_wrong(source: ModelSource) -> str:
     folder = local_folder(source)
     if folder is None:
         return "its files in the hub cache are not whole, or not safetensors"
-    try:
-        files = _files(folder)
-    except ValueError:
-        return f"{INDEX} cannot be read"
-    for path in files:
-        try:
-            for _ in _tensors(path):
-                pass
-        except FileNotFoundError:
-            return f"{path.name} is missing"
-        except KeyError:
-            continue  # of another precision
-        except (OSError, ValueError, TypeError, AttributeError, SafetensorError):
-            return f"{path.name} is damaged or not whole"
-    return "they are not those of config.json"
-
-
-def _files(folder: Path) -> list[Path]:
-    if exists(folder / SINGLE):
-        return [folder / SINGLE]
-    if not exists(folder / INDEX):
-        raise ValueError("the folder holds neither")
-    index = read_json(folder / INDEX, "list of weights")
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    names = list(places.values()) if isinstance(places, dict) else []
-    if not names or any(not isinstance(name, str) or "/" in name for name in names):
-        raise ValueError("it names no files, or some elsewhere")
-    return [folder / name for name in sorted(set(names))]
+    return first_broken(folder) or "they are not those of config.json"
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """Raises as `_header` does, and `KeyError` for another precision."""
-    begin, entries = _header(path)
+    """Raises as `header_of` does, and `KeyError` for another precision."""
+    begin, entries = header_of(path)
     for key, entry in entries.items():
         first, last = entry["data_offsets"]
         yield (
@@ -124,20 +97,6 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
                 dtype=_DTYPES[entry["dtype"]],
             ),
         )
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """The byte at which tensors begin, and what is said of each.
-
-    Raises `UserError` for what is no regular file, `SafetensorError` for one that the library refuses (cut
-    off, or with tensors that overlap, are short or leave gaps)."""
-    with open_file(path, "file of weights") as file:
-        with safe_open(path, framework="pt"):
-            pass  # it has read the header, as nothing else would
-        size = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return 8 + size, header
 
 
 def read_weights(stored: Mapping[str, StoredTensor]) -> Callable[[str, Tensor], None]:

@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from harness.cli.app import app
@@ -159,6 +162,42 @@ def test_a_limit_in_decimal_gigabytes_is_told_beside_what_cards_hold(size: str, 
     assert done.exception is None
     said = "--vram 8GB is 7.45 GiB; a card sold as 8 GB holds 8 GiB (--vram 8GiB)"
     assert (said in done.stderr) == told
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "two.safetensors is damaged or not whole"),
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"),
+            "two.safetensors is damaged",
+        ),
+        (Path.unlink, "two.safetensors is missing"),
+        (
+            lambda path: path.with_name("model.safetensors.index.json").write_text("{"),
+            "index.json cannot be read",
+        ),
+        (Path.exists, None),
+    ],
+    ids=["cut short", "pointer", "missing", "list", "whole"],
+)
+def test_a_checkpoint_that_no_run_could_load_is_told(
+    broken: Callable[[Path], object], why: str | None, tmp_path: Path
+) -> None:
+    """By names and headers: a plan itself needs config.json alone."""
+    (tmp_path / "config.json").write_text(json.dumps(NAMED_SHAPES["tiny-llama"].config))
+    for name in ("one", "two"):
+        save_file({name: torch.zeros(8, dtype=torch.bfloat16)}, tmp_path / f"{name}.safetensors")
+    places = {name: f"{name}.safetensors" for name in ("one", "two")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    broken(tmp_path / "two.safetensors")
+    asked = ["--model", str(tmp_path), "--profile", "rtx-4090", "--engine", "native", "--quiet"]
+    done = CliRunner().invoke(app, ["recommend", *asked])
+    assert done.exception is None
+    assert ("no run can load the weights" in done.stderr) == (why is not None)
+    assert (why or "") in done.stderr
+    japanese = CliRunner().invoke(app, ["recommend", *asked, "--lang", "ja"]).stderr
+    assert ("ダウンロードし直して" in japanese) == (why is not None)
 
 
 def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:
