@@ -14,7 +14,9 @@ written; `quota`: files may have a thousand bytes (ulimit -f). Disks need the ri
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -23,7 +25,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -198,10 +200,12 @@ def try_calls(folder: Path, what: str, first: int, stride: int, name: str) -> No
     def undisturbed() -> None:
         calls = Calls(whole, -1, fault)
         act(what, whole, False)
-        counted.write_text(str(calls.count))
+        counted.write_text(json.dumps({"calls": calls.count, "modules": list(sys.modules)}))
 
     assert forked(undisturbed) == 0
-    total, expected = int(counted.read_text()), told(what, whole)
+    total, modules = json.loads(counted.read_text()).values()
+    load(modules)
+    expected = told(what, whole)
     wrong, tried, refused = [], 0, 0
     for at in range(1 + first % stride, total + 1, stride):
         out = folder / "disturbed"
@@ -227,6 +231,14 @@ def try_calls(folder: Path, what: str, first: int, stride: int, name: str) -> No
     counts = {"fault": name, "what": what, "calls": total, "tried": tried, "refused": refused}
     sys.stdout.write(json.dumps({**counts, "wrong": wrong}) + "\n")
     sys.stdout.flush()
+
+
+def load(modules: Iterable[str]) -> None:
+    """So that forks find them: importing them again takes longer than a run."""
+    for name in modules:
+        if name not in sys.modules:
+            importlib.import_module(name)
+    gc.freeze()  # else each fork looks for garbage among all of it, and gets its pages for itself
 
 
 FAULTS: dict[str, Callable[[], None]] = {"kill": kill, "quota": quota}
