@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engines.costs import transformer
-from engines.costs.native import ADAM_PASSES, GRAPH_BYTES, block_passes, training_memory
+from engines.costs.native import ADAM_PASSES, ADAM_SLOWDOWN, GRAPH_BYTES, block_passes, training_memory
 from engines.costs.resources.traffic import LayerTraffic, RareWork, Traffic
 from engines.costs.transformer import BlockPasses
 from engines.settings.libraries import AdamW8bitSettings, BackwardOptimizerSettings, GaloreSettings
@@ -96,11 +96,12 @@ def backward_optimizer(shape: ModelShape, workload: Workload, settings: Backward
     element = BYTES_PER_ELEMENT[workload.dtype]
     passes = replace(block_passes(shape, workload, settings), captured=settings.captures)
     tensors = transformer.num_tensors(shape)
+    slowdown = ADAM_SLOWDOWN if passes.captured else 1.0  # without a graph it hides behind the launches
     layers = _updated(
         shape,
         workload,
         passes,
-        ADAM_PASSES * element,
+        slowdown * ADAM_PASSES * element,
         0 if passes.captured else OPTIMIZER_IN_BACKWARD_LAUNCHES * tensors,
         kernels=UPDATE_KERNELS * tensors if passes.captured else 0,
     )

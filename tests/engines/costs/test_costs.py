@@ -407,6 +407,8 @@ def test_a_captured_optimizer_in_the_backward_pass_starts_nothing_and_has_its_up
     assert (captured.launches, captured.python_launches) == (0, 0)
     assert captured.kernels - compiled.kernels == 2 * transformer.num_tensors(TINY)
     assert compiled.python_launches == 5 * transformer.num_tensors(TINY)
+    update = 7 * 2 * TINY.block_parameters
+    assert captured.gpu_bytes - compiled.gpu_bytes == pytest.approx(0.5 * update)  # at native's rate
     for changes in ({"schedule": "linear"}, {"dropout": 0.1}):
         assert block(**changes) == compiled
 
