@@ -47,10 +47,14 @@ RECORDS: dict[str, dict[str, dict[str, str]]] = {
                 "4k": "deepseek-coder-1.3b-exact-offload-again_h200_20261130",
             }
         ),
-        "lsp, n/4": _each("1.3b", "-lsp-quarter"),
+        "lsp, n/4": (
+            _each("1.3b", "-lsp-quarter")
+            | {"384": "deepseek-coder-1.3b-384-tokens-lsp-quarter_h200_20261201"}
+        ),
         "lsp, n/2": (
             _each("1.3b", "-lsp")
             | {
+                "384": "deepseek-coder-1.3b-384-tokens-lsp_h200_20261201",
                 "4k": "deepseek-coder-1.3b-lsp_h200_20261130",
                 "16k": "deepseek-coder-1.3b-16k-tokens-lsp-three_h200_20261130",
             }

@@ -55,13 +55,11 @@ BESIDE_THE_CPU = ("lsp", "exact-offload", "torchao-offload")
 MISSED = {
     "deepseek-coder-1.3b-16k-tokens-exact-offload-without-graphs_h200_20261130 exact-offload",
     "deepseek-coder-1.3b-16k-tokens-lsp-three-quarters_h200_20261130 lsp",
-    "deepseek-coder-1.3b-384-tokens-lsp-quarter_h200_20261130 lsp",
-    "deepseek-coder-1.3b-384-tokens-lsp_h200_20261130 lsp",
     "deepseek-coder-6.7b-384-tokens-lsp-quarter_h200_20261130 lsp",
 }
 """Methods of a record that took longer than the error allows which plans state. Of the first two nothing is a
 CUDA graph, and their host took long to start operations (`engines/EXPERIMENTS.md`, 15:40 and evening of that
-day); the last three are of an `lsp` that started the kernels of each update one by one (1 December there)."""
+day); the last is of an `lsp` that started the kernels of each update one by one (1 December there)."""
 
 COMPILED_FROM = "20261129"
 """Date of the first records in which blocks are compiled, captured, and recomputed only where they must."""
