@@ -317,6 +317,8 @@ JobFile = Annotated[Path | None, typer.Option("--job", help="A job in TOML; flag
 
 
 def engine_names(engines: str | None) -> list[str]:
+    """Those that `--engines` names, each once; without it those that take part by default. Raises `UserError`
+    for a name that there is not, and for several settings of one engine."""
     public = public_engines()
     if engines is None:
         return list(default_engines())

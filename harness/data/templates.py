@@ -47,7 +47,10 @@ def template_table(
     seq_len: int,
 ) -> TokenTable:
     """A row's prompt without loss, then the word of its class with it, if that is one token; else the prompt
-    once for each class, with its word. Long prompts lose their beginning, as many tokens for every class."""
+    once for each class, with its word. Long prompts lose their beginning, as many tokens for every class.
+
+    Raises `UserError` where `seq_len` leaves no room beside a label.
+    """
     prompts = tokenizer.encode([rendered(template, row) for row in rows])
     if candidates.of_one_token:
         answers = [[candidates.tokens[row.label]] for row in rows]

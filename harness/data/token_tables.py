@@ -216,6 +216,10 @@ def _text_tokens(text: str, tokenizer: Tokenizer) -> Tensor:
 
 
 def blocks_of(tokens: Tensor, seq_len: int, path: str) -> TokenTable:
+    """One text, (tokens,) int32, as sequences of `seq_len` tokens; what is left of it at its end is not used.
+
+    Raises `UserError` where it is shorter than one.
+    """
     rows = tokens.numel() // seq_len
     if rows == 0:
         raise UserError(
@@ -254,6 +258,7 @@ def end_to_end(table: TokenTable, seq_len: int) -> TokenTable:
 
 
 def packed_table(tokens: Tensor, rows: int, seq_len: int) -> TokenTable:
+    """`tokens`, (rows x seq_len,) int32, as that many sequences without padding, labelled throughout."""
     return TokenTable(
         tokens=tokens,
         starts=torch.arange(rows + 1, dtype=torch.int64) * seq_len,
@@ -265,7 +270,7 @@ def packed_table(tokens: Tensor, rows: int, seq_len: int) -> TokenTable:
 
 def class_table(rows: Sequence[LabelledExample], tokenizer: Tokenizer, seq_len: int) -> TokenTable:
     """One or two texts between the model's special tokens, cut at their ends where they are too long: of two
-    the longer one first."""
+    the longer one first. Raises `UserError` where `seq_len` leaves no room for text."""
     paired = any(row.second is not None for row in rows)
     between = tokenizer.between if paired else ()
     special = len(tokenizer.prefix) + len(between) + len(tokenizer.suffix)
@@ -373,7 +378,8 @@ def prompt_table(
     """Rows of begin token, prompt and answer, labelled on the answer.
 
     What is too long loses the beginning of its prompt first, down to a quarter of the room, then the
-    end of its answer: the tokens next to the answer's beginning say most about it.
+    end of its answer: the tokens next to the answer's beginning say most about it. Raises `UserError` where
+    `seq_len` leaves no room for a token of each.
     """
     prefix = list(tokenizer.prefix)
     max_tokens = seq_len - len(prefix)

@@ -246,6 +246,8 @@ def local_folder(source: ModelSource) -> Path | None:
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
+    """A model's config.json as it is written. Raises `UserError` where there is none, or where it cannot be a
+    model's: no type, sizes that are no numbers or far too large, heads that do not divide."""
     if not exists(path):
         raise no_config(name, path.parent)
     config = _plain(read_json(path, "configuration", MOST_CONFIG_BYTES))

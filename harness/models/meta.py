@@ -120,7 +120,8 @@ def _is_marked(buffer: Tensor) -> bool:
 def configuration(
     values: Mapping[str, Any], source: ModelSource, head: Head, num_labels: int, untied: bool
 ) -> PretrainedConfig:
-    """The typed configuration as this project trains it: no dropout, no cache, our head."""
+    """The typed configuration as this project trains it: no dropout, no cache, our head. Raises `UserError`
+    for a type that transformers does not know or cannot read, an encoder-decoder, or one without `head`."""
     family = str(values["model_type"])
     if family not in CONFIG_MAPPING:
         raise UserError(

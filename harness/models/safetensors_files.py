@@ -101,7 +101,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 def read_weights(stored: Mapping[str, StoredTensor]) -> Callable[[str, Tensor], None]:
     """Weights by parameter name, each read when it is asked for, past any mapping: what is mapped counts as
-    memory of the process. A tied parameter has its first name only."""
+    memory of the process. A tied parameter has its first name only. Reading raises `UserError` for a file
+    that cannot be read."""
 
     def fill(name: str, out: Tensor) -> None:
         tensor = stored[name]

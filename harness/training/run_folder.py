@@ -87,7 +87,8 @@ def read_run(out: Path) -> TrainingRun:
 
 
 def claim(job: Job, method: Method, out: Path, resume: bool) -> Any:
-    """Take `out` for this run, or check that it is its own; the settings to train with."""
+    """Take `out` for this run, or check that it is its own; the settings to train with. Raises `UserError`
+    for the folder of another run: its engine, job or update log."""
     if not exists(out / JOB_FILE):  # which is written last: no step was taken without it
         refuse_folder_in_use(out, resume)
         write_whole(out / ENGINE_FILE, to_json(method))
