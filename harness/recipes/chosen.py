@@ -87,6 +87,22 @@ class ChosenMethod:
         }  # fmt: skip
 
     @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """How it learns and where it stops, by the keys of transformers' TrainingArguments, which other
+        programs take as they are."""
+        return {
+            "learning_rate": self.settings.learning_rate,
+            "lr_scheduler_type": self.schedule,
+            "warmup_steps": self.settings.warmup_steps,
+            "weight_decay": self.settings.weight_decay,
+            **self.adam,
+            "max_grad_norm": self.settings.max_grad_norm,
+            **({} if self.steps is None else {"max_steps": self.steps}),
+            "bf16": self.job.dtype == "bf16",
+            "seed": self.job.seed,
+        }
+
+    @property
     def streams_weights(self) -> bool:
         """The weights are in host memory too."""
         return self.method == "streamed_cpu_adamw" or getattr(self.settings, "weights", "") == "streamed"
