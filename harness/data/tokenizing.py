@@ -9,6 +9,7 @@ from engines.errors import UserError
 from engines.shapes import Head, ModelShape
 from harness.data.chat_tokens import chat_table
 from harness.data.examples import examples_of
+from harness.data.packing import end_to_end, text_tables
 from harness.data.reading.files import BadRecord
 from harness.data.reading.read import check_bad, left_out_of
 from harness.data.records import Examples, LabelledExample
@@ -17,12 +18,10 @@ from harness.data.token_tables import (
     TokenTable,
     answer_table,
     class_table,
-    end_to_end,
     instruction_table,
     question_table,
     questions_of,
     rows_in,
-    text_tables,
 )
 from harness.data.tokenized import Tokenized
 from harness.models.candidates import Candidates, candidates_of
