@@ -155,9 +155,13 @@ def _job_cells(forecast: JobForecast | None) -> list[str]:
 
 
 def _energy(forecast: JobForecast | None) -> str:
-    if forecast is None or forecast.energy_kwh is None:
+    if forecast is None:
         return "-"
-    return f"{forecast.energy_kwh:.3g} ({forecast.energy_kwh_low:.3g} to {forecast.energy_kwh_high:.3g})"
+    low, expected, high = forecast.energy_kwh_low, forecast.energy_kwh, forecast.energy_kwh_high
+    if low is None or expected is None or high is None:
+        return "-"
+    digits = words.three_digits
+    return f"{digits(expected)} ({digits(low)} to {digits(high)})"
 
 
 def _notes(plan: Plan, way: WayOut | None, blocked: str | None, amount: Amount | None) -> Iterator[str]:

@@ -96,7 +96,7 @@ def amount_of(workload: Workload, asked: Asked, data: DataLengths | None) -> Amo
         said = f"--examples {asked.examples:,}"
     elif data is not None:
         sequences = data.sequences * epochs
-        said = f"{data.sequences:,} training sequences"
+        said = f"{data.sequences:,} training sequence{'' if data.sequences == 1 else 's'}"
     elif asked.epochs is not None:
         raise UserError(
             f"--epochs {asked.epochs:g}",

@@ -70,7 +70,13 @@ def band(low: float | None, high: float | None) -> str:
     unit = last.partition(" ")[2]
     if first.endswith(f" {unit}"):
         return f"{first.partition(' ')[0]} to {last}"
-    return f"{low / UNIT_S[unit]:.3g} to {last}" if low >= high / 100 else f"{first} to {last}"
+    return f"{three_digits(low / UNIT_S[unit])} to {last}" if low >= high / 100 else f"{first} to {last}"
+
+
+def three_digits(value: float) -> str:
+    """`0.500`, `1.40`, `105` or `1,230`."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:#.3g}".rstrip(".")
 
 
 def money(cost: Cost) -> str:

@@ -73,3 +73,8 @@ def test_every_sequence_is_in_a_step_and_no_step_is_empty(examples: int, epochs:
 def test_more_than_anybody_trains_is_one_line(epochs: float) -> None:
     with pytest.raises(UserError, match="more than anybody trains"):
         amount(Asked(examples=10_000, epochs=epochs))
+
+
+def test_one_sequence_is_one() -> None:
+    one = DataLengths(sequences=1, tokens=15, shares=((64, 1.0),), description="1 row of a test")
+    assert amount(Asked(), one).basis == "1 training sequence; 1 row of a test"

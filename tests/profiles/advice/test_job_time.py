@@ -208,7 +208,17 @@ def test_without_a_step_time_there_are_no_hours() -> None:
         (1.2, 3.4, "1.20 to 3.40 s"),
         (0.001, 150, "1.00 ms to 2.50 min"),
         (74160, 214272, "0.858 to 2.48 days"),
+        (0.5, 1.13, "0.500 to 1.13 s"),
+        (84, 194, "1.40 to 3.23 min"),
     ],
 )
 def test_a_range_is_in_one_unit_where_that_can_be_read(low: float, high: float, told: str) -> None:
     assert words.band(low, high) == told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.0116, "0.0116"), (0.13, "0.130"), (1.3, "1.30"), (105, "105"), (999.7, "1,000"), (2258, "2,260")],
+)
+def test_three_digits_are_written_out(value: float, told: str) -> None:
+    assert words.three_digits(value) == told
