@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from engines import entry
+from engines.settings.given import Value
 from harness.cli.tables import format_parameters, notes_grid, plain_table
 from harness.recommendation import Recommendation
 from profiles.advice import words
@@ -177,11 +178,18 @@ def _notes(plan: Plan, way: WayOut | None, blocked: str | None, amount: Amount |
         return
     if plan.prediction.step_s is None:
         yield plan.prediction.basis.rstrip(".")
-    unexplained = [f"{key}={value}" for key, value in plan.settings.items() if f"{key}=" not in reasons]
+    unexplained = [
+        f"{key}={_setting_text(value)}" for key, value in plan.settings.items() if f"{key}=" not in reasons
+    ]
     if unexplained:
         yield f"{'in its nearest setting, ' if plan.why_not else ''}{', '.join(unexplained)}"
     if plan.why_not is None:
         yield from plan.reasons
+
+
+def _setting_text(value: Value) -> str:
+    """As reasons of plans have it: `graphs=false`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _way_text(way: WayOut | None, blocked: str | None, amount: Amount | None) -> str:
@@ -251,7 +259,9 @@ def _largest_table(answer: Recommendation) -> Table:
 def _target_title(answer: Recommendation) -> str:
     target = answer.target
     assert target is not None
-    aim = f"{target.hours:g} hours" if target.hours is not None else target.model
+    aim = target.model
+    if target.hours is not None:
+        aim = "1 hour" if target.hours == 1 else f"{target.hours:g} hours"
     return f"Machines of the catalogue for {aim}, the least first"
 
 

@@ -200,6 +200,23 @@ def test_a_checkpoint_that_no_run_could_load_is_told(
     assert ("ダウンロードし直して" in japanese) == (why is not None)
 
 
+def test_settings_that_no_reason_names_are_written_as_reasons_write_them() -> None:
+    """`graphs=false`, and the settings that reasons name are not told twice."""
+    told = said(
+        "--model", "qwen2.5-7b", "--profile", "rtx-4060-ti-16gb", "--vram", "8GiB", "--host-memory", "14GiB"
+    )
+    assert "in its nearest setting" in told
+    assert "=false" in told
+    assert "=False" not in told
+    assert "=True" not in told
+
+
+def test_one_hour_is_one_hour() -> None:
+    asked = (*ON_A_CARD, "--examples", "1000", "--target", "hours=1")
+    assert "Machines of the catalogue for 1 hour, the least first" in said(*asked)
+    assert "一覧のマシンで 1 時間以内に終わるか" in said(*asked, "--lang", "ja")
+
+
 def test_gpus_that_are_assumed_and_have_nothing_to_do_are_told() -> None:
     asked = ["recommend", *ON_A_CARD, "--gpus", "2", "--quiet"]
     done = CliRunner().invoke(app, asked)
