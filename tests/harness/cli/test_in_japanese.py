@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from known_shapes import LAPTOP_CPU
@@ -20,6 +21,7 @@ from harness.cli.app import app
 from harness.cli.sweep_progress import ended_line
 from harness.cli.tables import runs_table
 from harness.models.configs import named_shape
+from harness.records.job import DataKind
 from harness.records.run import Run
 from profiles.catalog import find_profile, machine_names
 from profiles.display.tables import machine_table
@@ -64,6 +66,26 @@ def test_recommend_says_all_of_it(arguments: list[str]) -> None:
     for line in printed("recommend", *arguments).splitlines():
         left = ENGLISH.findall(AS_TYPED.sub("", line))
         assert left == [], line
+
+
+def test_recommend_tells_of_a_file_in_japanese(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,label\nhello there,1\nbad,0\nfine day,1\n")
+    flags = ("--profile", "rtx-3090", "--engines", "native", "--data", str(path))
+    told = printed("recommend", "--model", "opt-125m", *flags)
+    line = next(each for each in told.splitlines() if path.name in each and "\uff08" in each)
+    assert ENGLISH.findall(AS_TYPED.sub("", line)) == []
+    assert not {"labelled", "training", "held-out"} & set(re.findall("[a-z-]+", line))
+
+
+def test_every_kind_of_data_is_in_japanese() -> None:
+    with speaking("ja"):
+        for kind in get_args(DataKind):
+            if kind not in ("random", "builtin"):
+                amounts = "6 training and 2 held-out examples, 33 training tokens (bytes)"
+                told = translated(f"{kind} rows.txt: {amounts}")
+                assert kind not in told
+                assert "rows.txt\uff1a学習 6" in told
 
 
 def test_data_says_all_of_it_but_tokens(tmp_path: Path) -> None:
