@@ -372,6 +372,8 @@ def test_every_package_folder_is_a_package() -> None:
 
 
 MOST_MODULES = 17
+BY_METHOD = {"engines.methods": 20, "engines.costs": 20, "profiles.planning.methods": 20}
+"""Folders in which each method has a module: at most."""
 MOST_LINES = 400
 LONGER = re.compile(r"Longer than \d+ lines: ")
 
@@ -380,7 +382,7 @@ def heaps(sources: Sources) -> list[str]:
     sizes = Counter(
         module.rpartition(".")[0] for module, path in sources.items() if path.name != "__init__.py"
     )
-    return [folder for folder, size in sizes.items() if size > MOST_MODULES]
+    return [folder for folder, size in sizes.items() if size > BY_METHOD.get(folder, MOST_MODULES)]
 
 
 def test_no_folder_is_a_heap() -> None:
