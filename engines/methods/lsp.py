@@ -8,6 +8,7 @@ model's blocks, with its pair of (d, r)-sparse projectors P and Q (`engines.subs
     3. CPU   dS = Adam(S), with moments M and V, in a worker thread                            (line 14)
     4. link  dS to the GPU, on its own stream                                                  (line 15)
     5. GPU   W <- W (1 - lr wd) - lr P dS Q^T, on a stream of its own                  (lines 16 and 17)
+             (`engines.subspace.chunk_application`: one CUDA graph for what travels together)
 
 Every `check_every` steps, the first before the first update, each matrix's relative bias is tested on its
 gradient of that step; above alpha the matrix gets a new pair, found on that gradient, and its moments move to
